@@ -1,0 +1,1 @@
+//! Backup: raw image files of devices, full or only what changed.

@@ -1,0 +1,1 @@
+//! Change map: which blocks changed since when. Part of the core.

@@ -1,0 +1,1 @@
+//! Control: HTTP/JSON on a unix socket.

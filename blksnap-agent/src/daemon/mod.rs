@@ -1,0 +1,1 @@
+//! Daemon: the long-running process that owns trackers and snapshots.

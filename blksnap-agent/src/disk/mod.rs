@@ -1,0 +1,1 @@
+//! Disk: block devices, their identity and geometry.

@@ -1,0 +1,1 @@
+//! Engine: moves bytes as the core decided.

@@ -1,0 +1,39 @@
+//! blksnap agent: changed-block tracking and point-in-time snapshots of block devices in use, from user space.
+//!
+//! Lower modules never use higher ones. `units`, `cbt` and `nbd::proto` are the *core*: no async runtime, no
+//! eBPF loader, no file system or network, no clock, no unsafe; `cargo xtask lint` keeps it so. Unsafe code
+//! lives in `sys` only.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`units`] | quantities and identifiers with checked constructors |
+//! | [`cbt`] | the change map: numbers, generations, changed extents (core) |
+//! | [`sys`] | system calls and ioctls behind safe functions; the only unsafe |
+//! | [`disk`] | block devices: identity, geometry, direct reads, mounts, freeze |
+//! | [`engine`] | moves bytes from a device to a sink |
+//! | [`tracker`] | the eBPF programs and what they record |
+//! | [`filter`] | how old data survives; `converge` needs to hold no write |
+//! | [`storage`] | difference storage |
+//! | [`snapshot`] | snapshots over several devices, one instant |
+//! | [`backup`] | raw image files, full and incremental |
+//! | [`nbd`] | NBD: protocol core and server |
+//! | [`control`] | HTTP/JSON interface on a unix socket, server and client |
+//! | [`telemetry`] | logging and metrics |
+//! | [`daemon`] | the long-running process |
+//! | [`cli`] | the commands |
+
+pub mod backup;
+pub mod cbt;
+pub mod cli;
+pub mod control;
+pub mod daemon;
+pub mod disk;
+pub mod engine;
+pub mod filter;
+pub mod nbd;
+pub mod snapshot;
+pub mod storage;
+pub mod sys;
+pub mod telemetry;
+pub mod tracker;
+pub mod units;

@@ -1,0 +1,2 @@
+//! The `blksnap-agent` binary.
+fn main() {}

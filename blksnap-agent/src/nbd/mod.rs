@@ -1,0 +1,1 @@
+//! NBD: images for other people's tools.

@@ -1,0 +1,1 @@
+//! Snapshot: several devices, one instant.

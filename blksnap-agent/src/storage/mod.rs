@@ -1,0 +1,1 @@
+//! Difference storage: where copies of old data are kept.

@@ -1,0 +1,1 @@
+//! System: the kernel's calls behind safe functions; the only unsafe code of the agent.

@@ -1,0 +1,1 @@
+//! Tracker: the eBPF programs and what they record.

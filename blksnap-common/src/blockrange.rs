@@ -1,0 +1,157 @@
+//! Block range: from a bio's sectors to the blocks and bitmap words of a slot. Pure, and small enough for the
+//! verifier.
+
+use crate::track::{OpKind, Slot};
+
+/// `REQ_OP_MASK` of `include/linux/blk_types.h`.
+pub const REQ_OP_MASK: u32 = 0xff;
+
+/// Operation codes of `enum req_op` in `include/linux/blk_types.h`, stable from 5.10 on unless noted.
+pub mod op {
+    /// `REQ_OP_READ`.
+    pub const READ: u32 = 0;
+    /// `REQ_OP_WRITE`.
+    pub const WRITE: u32 = 1;
+    /// `REQ_OP_FLUSH`.
+    pub const FLUSH: u32 = 2;
+    /// `REQ_OP_DISCARD`.
+    pub const DISCARD: u32 = 3;
+    /// `REQ_OP_SECURE_ERASE`.
+    pub const SECURE_ERASE: u32 = 5;
+    /// `REQ_OP_ZONE_APPEND`.
+    pub const ZONE_APPEND: u32 = 7;
+    /// `REQ_OP_WRITE_ZEROES`.
+    pub const WRITE_ZEROES: u32 = 9;
+    /// First of the zone operations `OPEN`, `CLOSE`, `FINISH`.
+    pub const ZONE_FIRST: u32 = 10;
+    /// `REQ_OP_ZONE_RESET_ALL`, the last of them.
+    pub const ZONE_LAST: u32 = 17;
+}
+
+/// What an operation does, or `None` for one that changes nothing (a read).
+#[inline(always)]
+#[must_use]
+pub const fn classify(opf: u32) -> Option<OpKind> {
+    match opf & REQ_OP_MASK {
+        op::READ => None,
+        op::WRITE => Some(OpKind::Write),
+        op::DISCARD => Some(OpKind::Discard),
+        op::SECURE_ERASE => Some(OpKind::SecureErase),
+        op::WRITE_ZEROES => Some(OpKind::WriteZeroes),
+        op::ZONE_APPEND | op::ZONE_FIRST..=op::ZONE_LAST => Some(OpKind::Zone),
+        _ => Some(OpKind::Other),
+    }
+}
+
+/// First and last block of a slot, both inclusive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockRange {
+    /// First block.
+    pub first: u64,
+    /// Last block.
+    pub last: u64,
+}
+
+/// The blocks of `slot` that the sectors `[sector, sector + sectors)` of the disk touch, or `None` where they do
+/// not meet.
+#[inline(always)]
+#[must_use]
+pub const fn blocks_of(slot: &Slot, sector: u64, sectors: u64) -> Option<BlockRange> {
+    let end = sector.saturating_add(sectors);
+    if sectors == 0 || sector >= slot.end_sector || end <= slot.first_sector {
+        return None;
+    }
+    let start = if sector > slot.first_sector {
+        sector - slot.first_sector
+    } else {
+        0
+    };
+    let stop = if end < slot.end_sector {
+        end
+    } else {
+        slot.end_sector
+    } - slot.first_sector;
+    let shift = slot.block_shift & 63;
+    Some(BlockRange {
+        first: start >> shift,
+        last: (stop - 1) >> shift,
+    })
+}
+
+/// The bits of word `word` (of the bits, without the header) that `range` covers; 0 for none.
+#[inline(always)]
+#[must_use]
+pub const fn word_mask(range: BlockRange, word: u64) -> u64 {
+    let low = word << 6;
+    let high = low | 63;
+    if range.last < low || range.first > high {
+        return 0;
+    }
+    let from = if range.first > low { range.first & 63 } else { 0 };
+    let to = if range.last < high { range.last & 63 } else { 63 };
+    (u64::MAX << from) & (u64::MAX >> (63 - to))
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use std::vec::Vec;
+
+    const SLOT: Slot = Slot {
+        first_sector: 2048,
+        end_sector: 2048 + 1000,
+        id: 0,
+        block_shift: 3,
+        flags: 0,
+        reserved: 0,
+    };
+
+    /// Every sector by itself is the oracle.
+    fn by_sector(slot: &Slot, sector: u64, sectors: u64) -> Vec<u64> {
+        let mut blocks: Vec<u64> = (sector..sector + sectors)
+            .filter(|s| (slot.first_sector..slot.end_sector).contains(s))
+            .map(|s| (s - slot.first_sector) >> slot.block_shift)
+            .collect();
+        blocks.dedup();
+        blocks
+    }
+
+    #[test]
+    fn blocks_match_the_sectors_one_by_one() {
+        for sector in (2000..2100).chain(3000..3100) {
+            for sectors in [0, 1, 2, 7, 8, 9, 63, 64, 65, 1100] {
+                let want = by_sector(&SLOT, sector, sectors);
+                let got: Vec<u64> = blocks_of(&SLOT, sector, sectors)
+                    .map(|r| (r.first..=r.last).collect())
+                    .unwrap_or_default();
+                assert_eq!(got, want, "sector {sector} count {sectors}");
+            }
+        }
+    }
+
+    #[test]
+    fn masks_cover_the_range_and_nothing_else() {
+        for first in 0..200_u64 {
+            for last in first..200 {
+                let range = BlockRange { first, last };
+                for block in 0..256_u64 {
+                    let bit = word_mask(range, block / 64) >> (block % 64) & 1 == 1;
+                    assert_eq!(bit, (first..=last).contains(&block), "{range:?} block {block}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_operation_but_a_read_counts() {
+        assert_eq!(classify(0x0008_0000), None);
+        assert_eq!(classify(0x0008_0001), Some(OpKind::Write));
+        assert_eq!(classify(op::ZONE_APPEND), Some(OpKind::Zone));
+        assert_eq!(classify(op::WRITE_ZEROES), Some(OpKind::WriteZeroes));
+        assert_eq!(classify(34), Some(OpKind::Other));
+        for code in 1..=255 {
+            assert!(classify(code).is_some());
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! ABI: every struct that crosses a boundary of blksnap, and nothing else.
+//!
+//! - [`track`]: what the tracking programs and the agent share (map keys and values, ring records, counters).
+//! - [`blockrange`]: the arithmetic from a bio to bits, pure, so that it is tested on the host and compiled for
+//!   the kernel unchanged.
+//!
+//! All structs are `#[repr(C)]`, without implicit padding, `bool` or `Option`; their sizes are asserted at
+//! compile time. A change of any of them raises [`track::ABI_VERSION`].
+#![no_std]
+
+pub mod blockrange;
+pub mod track;

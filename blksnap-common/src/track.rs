@@ -1,0 +1,211 @@
+//! Tracking ABI: maps, records and counters shared by the tracking programs and the agent.
+
+/// Version of everything in this module. An agent never adopts maps of another version.
+pub const ABI_VERSION: u32 = 1;
+
+/// Number of slots: tracked (disk, first sector, last sector) ranges over all disks.
+pub const MAX_SLOTS: u32 = 256;
+
+/// Number of disks with at least one slot.
+pub const MAX_DISKS: u32 = 128;
+
+/// Slots of one disk: the whole disk and its partitions.
+pub const SLOTS_PER_DISK: usize = 16;
+
+/// Writes in flight that the ledger holds at a time; past that [`SlotState::ledger_lost`] rises.
+pub const LEDGER_ENTRIES: u32 = 65_536;
+
+/// Default size of the event ring in bytes (a power of two, a multiple of the page size).
+pub const RING_BYTES: u32 = 256 * 1024;
+
+/// Word 0 of a bitmap holds the number of its period; the bit of block `b` is bit `b % 64` of word
+/// `BITMAP_HEADER_WORDS + b / 64`.
+pub const BITMAP_HEADER_WORDS: u32 = 1;
+
+/// Slot flag: writes are entered in the ledger and marked again when they complete.
+pub const SLOT_LEDGER: u32 = 1;
+
+/// One tracked range of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Slot {
+    /// First sector of the range on the disk.
+    pub first_sector: u64,
+    /// Sector after the last one.
+    pub end_sector: u64,
+    /// Index in the bitmap, state and counter maps, below [`MAX_SLOTS`].
+    pub id: u32,
+    /// log2 of the tracking block size in sectors.
+    pub block_shift: u32,
+    /// [`SLOT_LEDGER`].
+    pub flags: u32,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+/// All slots of one disk: the value of the `DISKS` map, replaced as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct DiskSlots {
+    /// How many of `slots` are in use, from the first one on.
+    pub count: u32,
+    /// Always 0.
+    pub reserved: u32,
+    /// The slots.
+    pub slots: [Slot; SLOTS_PER_DISK],
+}
+
+impl DiskSlots {
+    /// A disk without slots.
+    pub const EMPTY: Self = Self {
+        count: 0,
+        reserved: 0,
+        slots: [Slot {
+            first_sector: 0,
+            end_sector: 0,
+            id: 0,
+            block_shift: 0,
+            flags: 0,
+            reserved: 0,
+        }; SLOTS_PER_DISK],
+    };
+}
+
+/// What a write-type operation does, as counted and reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum OpKind {
+    /// `REQ_OP_WRITE`.
+    Write = 0,
+    /// `REQ_OP_DISCARD`.
+    Discard = 1,
+    /// `REQ_OP_SECURE_ERASE`.
+    SecureErase = 2,
+    /// `REQ_OP_WRITE_ZEROES`.
+    WriteZeroes = 3,
+    /// Zone append, reset, finish, open, close: the whole zone counts as changed.
+    Zone = 4,
+    /// Anything else that is not a read and has a length.
+    Other = 5,
+}
+
+/// Number of [`OpKind`]s.
+pub const OP_KINDS: usize = 6;
+
+impl OpKind {
+    /// All kinds, in the order of their numbers.
+    pub const ALL: [Self; OP_KINDS] = [
+        Self::Write,
+        Self::Discard,
+        Self::SecureErase,
+        Self::WriteZeroes,
+        Self::Zone,
+        Self::Other,
+    ];
+
+    /// The label used in metrics and JSON.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Write => "write",
+            Self::Discard => "discard",
+            Self::SecureErase => "secure_erase",
+            Self::WriteZeroes => "write_zeroes",
+            Self::Zone => "zone",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// Ring record: a write made at least one block of a slot dirty that was clean in this period.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Record {
+    /// Number of the bitmap's period.
+    pub period: u64,
+    /// First block that the write touches.
+    pub first_block: u64,
+    /// Last block that the write touches.
+    pub last_block: u64,
+    /// Slot id.
+    pub slot: u32,
+    /// [`OpKind`] as a number.
+    pub kind: u32,
+}
+
+/// Counters of a slot, one copy per CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct SlotCounters {
+    /// Operations by [`OpKind`].
+    pub ops: [u64; OP_KINDS],
+    /// Bytes by [`OpKind`].
+    pub bytes: [u64; OP_KINDS],
+    /// Reads seen; the self test looks for these.
+    pub reads: u64,
+    /// Ring records written.
+    pub records: u64,
+}
+
+/// Rare events of a slot: shared by all CPUs, changed with atomic operations, mapped by the agent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct SlotState {
+    /// Records that found the ring full. The bitmap has their blocks.
+    pub ring_full: u64,
+    /// Writes that touch a sector past the bitmap: the map is no longer right.
+    pub out_of_range: u64,
+    /// Operations on the whole device without a length (`REQ_OP_ZONE_RESET_ALL`).
+    pub whole_device: u64,
+    /// Map look-ups that failed although they can't: the map is no longer right.
+    pub errors: u64,
+    /// Writes that found no room in the ledger.
+    pub ledger_lost: u64,
+    /// Writes that completed under [`SLOT_LEDGER`] without an entry: they were submitted before it was set.
+    pub unknown_completions: u64,
+}
+
+/// A range of a disk in the ledger.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct LedgerRange {
+    /// First sector on the disk.
+    pub sector: u64,
+    /// Sectors; at most 2^23 (a bio has less than 4 GiB).
+    pub sectors: u32,
+    /// The disk, as the kernel's `dev_t`.
+    pub disk: u32,
+}
+
+/// A write in flight: the value of the `LEDGER` map, whose key is the address of the bio.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct LedgerEntry {
+    /// The range as queued, then as remapped to a lower disk. An unused range has no sectors.
+    pub ranges: [LedgerRange; 2],
+}
+
+const _: () = {
+    assert!(size_of::<Slot>() == 32);
+    assert!(size_of::<DiskSlots>() == 8 + 32 * SLOTS_PER_DISK);
+    assert!(size_of::<Record>() == 32);
+    assert!(size_of::<SlotCounters>() == 8 * (2 * OP_KINDS + 2));
+    assert!(size_of::<SlotState>() == 48);
+    assert!(size_of::<LedgerEntry>() == 32);
+};
+
+#[cfg(feature = "user")]
+mod user {
+    use super::{DiskSlots, LedgerEntry, Record, SlotCounters, SlotState};
+
+    // SAFETY: repr(C), no padding (sizes asserted above), every bit pattern is a value.
+    unsafe impl aya::Pod for DiskSlots {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for SlotCounters {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for SlotState {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for LedgerEntry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Record {}
+}
