@@ -1,1 +1,51 @@
-//! Helpers shared by the integration tests.
+//! Fixtures: what the integration tests share. Each one cleans up after itself when dropped, also in a test that
+//! panics.
+//!
+//! - [`Daemon`]: an agent of its own, with its sockets in a temporary directory.
+//! - [`LoopDevice`]: a block device on a file of its own, with a file system and a mount when asked.
+//! - [`seed`]: the seed of a random test, printed, or given by `BLKSNAP_SEED` to repeat a run.
+//!
+//! All of it needs root, and nothing of it ever touches a device that it did not make.
+
+mod daemon;
+mod loopdev;
+
+use std::ffi::OsStr;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+
+pub use daemon::{Answer, Daemon, DaemonOptions, agent_binary};
+pub use loopdev::{LoopDevice, LoopOptions};
+
+/// Runs `program` and gives its standard output; a program that fails is an error with its standard error.
+///
+/// # Errors
+/// The program is missing or ends with a code that is not 0.
+pub fn run<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = A>) -> Result<String> {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    let output = command.output().with_context(|| format!("start {program}"))?;
+    ensure!(
+        output.status.success(),
+        "{command:?}: {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Seed of a random test: `BLKSNAP_SEED` when set, a fresh one otherwise. It is printed, so that a failure can
+/// be repeated.
+///
+/// # Panics
+/// `BLKSNAP_SEED` is no number.
+#[must_use]
+pub fn seed(test: &str) -> u64 {
+    let seed = match std::env::var("BLKSNAP_SEED") {
+        Ok(text) => text.parse().expect("BLKSNAP_SEED is a number"),
+        Err(_) => rand::random(),
+    };
+    println!("{test}: BLKSNAP_SEED={seed}");
+    seed
+}
