@@ -1,1 +1,3 @@
 //! System: the kernel's calls behind safe functions; the only unsafe code of the agent.
+
+pub mod ioctl;

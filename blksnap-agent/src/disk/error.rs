@@ -1,0 +1,79 @@
+//! Disk errors: what was tried on which device, and the remedy.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Something about a block device or its file systems failed.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// Nothing is at the path.
+    #[error("no device at {path}: {source}; `lsblk --paths` lists what there is")]
+    NoDevice {
+        /// The path as given.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The path is a file, a directory or a character device.
+    #[error("{path} is not a block device: give a disk or partition such as /dev/sdb1")]
+    NotBlock {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// The node can't be opened.
+    #[error("can't open {path}: {source}{}", remedy_of_open(source))]
+    Open {
+        /// The node.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The device has no sectors.
+    #[error("{path} has a capacity of 0 bytes: put a medium in, or bind the loop device to a file")]
+    Empty {
+        /// The node.
+        path: PathBuf,
+    },
+    /// The kernel does not say what is needed about the device.
+    #[error("can't read {what} of {path}: {source}")]
+    Attribute {
+        /// The node.
+        path: PathBuf,
+        /// The ioctl or the sysfs attribute.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The whole disk of a partition has no node.
+    #[error("no node for disk {name} ({id}) below /dev: mount devtmpfs on /dev, or create it with mknod")]
+    NoDiskNode {
+        /// The disk's kernel name.
+        name: String,
+        /// Its number, `major:minor`.
+        id: String,
+    },
+    /// The device that is there now is not the one that was opened.
+    #[error("{path} is another device than before: attach it again")]
+    Replaced {
+        /// The node.
+        path: PathBuf,
+    },
+}
+
+impl DiskError {
+    pub(super) fn attribute(path: &Path, what: &str, source: impl Into<io::Error>) -> Self {
+        Self::Attribute {
+            path: path.to_owned(),
+            what: what.to_owned(),
+            source: source.into(),
+        }
+    }
+}
+
+fn remedy_of_open(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::PermissionDenied => "; run as root",
+        io::ErrorKind::ResourceBusy => "; another program holds it exclusively",
+        _ => "",
+    }
+}

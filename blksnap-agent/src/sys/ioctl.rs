@@ -1,0 +1,123 @@
+//! Ioctls: one safe typed function for each, named as the kernel names it (`linux/fs.h`, `linux/blkdev.h`).
+
+use std::ffi::{c_int, c_uint};
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::errno::Errno;
+
+mod raw {
+    use std::ffi::{c_int, c_uint};
+
+    nix::ioctl_read!(blkgetsize64, 0x12, 114, usize);
+    nix::ioctl_read_bad!(blksszget, nix::request_code_none!(0x12, 104), c_int);
+    nix::ioctl_read_bad!(blkpbszget, nix::request_code_none!(0x12, 123), c_uint);
+    nix::ioctl_read_bad!(blkiomin, nix::request_code_none!(0x12, 120), c_uint);
+    nix::ioctl_read_bad!(blkroget, nix::request_code_none!(0x12, 94), c_int);
+    nix::ioctl_none!(blkflsbuf, 0x12, 97);
+    nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
+    nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
+    nix::ioctl_readwrite!(fifreeze, b'X', 119, c_int);
+    nix::ioctl_readwrite!(fithaw, b'X', 120, c_int);
+}
+
+/// `BLKGETSIZE64`: capacity of a block device in bytes.
+///
+/// # Errors
+/// `ENOTTY`: not a block device.
+pub fn blkgetsize64(device: impl AsFd) -> Result<u64, Errno> {
+    let mut bytes = 0_usize;
+    // SAFETY: the descriptor is open for the call, and the kernel writes one u64 (a `usize` here) to `bytes`.
+    unsafe { raw::blkgetsize64(device.as_fd().as_raw_fd(), &raw mut bytes) }?;
+    Ok(bytes as u64)
+}
+
+/// `BLKSSZGET`: logical block size in bytes, the unit of direct I/O.
+///
+/// # Errors
+/// `ENOTTY`: not a block device.
+pub fn blksszget(device: impl AsFd) -> Result<u32, Errno> {
+    let mut bytes: c_int = 0;
+    // SAFETY: the descriptor is open for the call, and the kernel writes one int to `bytes`.
+    unsafe { raw::blksszget(device.as_fd().as_raw_fd(), &raw mut bytes) }?;
+    u32::try_from(bytes).map_err(|_| Errno::ERANGE)
+}
+
+/// `BLKPBSZGET`: physical block size in bytes, what the medium writes at once.
+///
+/// # Errors
+/// `ENOTTY`: not a block device.
+pub fn blkpbszget(device: impl AsFd) -> Result<u32, Errno> {
+    let mut bytes: c_uint = 0;
+    // SAFETY: the descriptor is open for the call, and the kernel writes one unsigned int to `bytes`.
+    unsafe { raw::blkpbszget(device.as_fd().as_raw_fd(), &raw mut bytes) }?;
+    Ok(bytes)
+}
+
+/// `BLKIOMIN`: smallest I/O in bytes that the device prefers.
+///
+/// # Errors
+/// `ENOTTY`: not a block device.
+pub fn blkiomin(device: impl AsFd) -> Result<u32, Errno> {
+    let mut bytes: c_uint = 0;
+    // SAFETY: the descriptor is open for the call, and the kernel writes one unsigned int to `bytes`.
+    unsafe { raw::blkiomin(device.as_fd().as_raw_fd(), &raw mut bytes) }?;
+    Ok(bytes)
+}
+
+/// `BLKROGET`: true if the device refuses writes.
+///
+/// # Errors
+/// `ENOTTY`: not a block device.
+pub fn blkroget(device: impl AsFd) -> Result<bool, Errno> {
+    let mut read_only: c_int = 0;
+    // SAFETY: the descriptor is open for the call, and the kernel writes one int to `read_only`.
+    unsafe { raw::blkroget(device.as_fd().as_raw_fd(), &raw mut read_only) }?;
+    Ok(read_only != 0)
+}
+
+/// `BLKFLSBUF`: writes back and drops the page cache of the device's node.
+///
+/// # Errors
+/// `EACCES`: no `CAP_SYS_ADMIN`.
+pub fn blkflsbuf(device: impl AsFd) -> Result<(), Errno> {
+    // SAFETY: the descriptor is open for the call; the ioctl takes no argument.
+    unsafe { raw::blkflsbuf(device.as_fd().as_raw_fd()) }.map(drop)
+}
+
+/// `BLKDISCARD`: discards `length` bytes from byte `offset` on; both multiples of 512.
+///
+/// # Errors
+/// `EOPNOTSUPP`: the device knows no discard; `EINVAL`: not aligned, or past the end.
+pub fn blkdiscard(device: impl AsFd, offset: u64, length: u64) -> Result<(), Errno> {
+    // SAFETY: the descriptor is open for the call, and the kernel reads two u64 from the array.
+    unsafe { raw::blkdiscard(device.as_fd().as_raw_fd(), &[offset, length]) }.map(drop)
+}
+
+/// `BLKZEROOUT`: makes `length` bytes from byte `offset` on read as zero; both multiples of 512.
+///
+/// # Errors
+/// `EINVAL`: not aligned, or past the end.
+pub fn blkzeroout(device: impl AsFd, offset: u64, length: u64) -> Result<(), Errno> {
+    // SAFETY: the descriptor is open for the call, and the kernel reads two u64 from the array.
+    unsafe { raw::blkzeroout(device.as_fd().as_raw_fd(), &[offset, length]) }.map(drop)
+}
+
+/// `FIFREEZE`: writes back the file system that holds `file` and stops every write to it, until [`fithaw`].
+///
+/// # Errors
+/// `EOPNOTSUPP`: the file system can't be frozen; `EBUSY`: it is frozen already; `EPERM`: no `CAP_SYS_ADMIN`.
+pub fn fifreeze(file: impl AsFd) -> Result<(), Errno> {
+    let mut unused: c_int = 0;
+    // SAFETY: the descriptor is open for the call; the kernel does not use the argument.
+    unsafe { raw::fifreeze(file.as_fd().as_raw_fd(), &raw mut unused) }.map(drop)
+}
+
+/// `FITHAW`: ends a freeze.
+///
+/// # Errors
+/// `EINVAL`: the file system is not frozen; `EPERM`: no `CAP_SYS_ADMIN`.
+pub fn fithaw(file: impl AsFd) -> Result<(), Errno> {
+    let mut unused: c_int = 0;
+    // SAFETY: the descriptor is open for the call; the kernel does not use the argument.
+    unsafe { raw::fithaw(file.as_fd().as_raw_fd(), &raw mut unused) }.map(drop)
+}
