@@ -1,6 +1,7 @@
 //! ABI: every struct that crosses a boundary of blksnap, and nothing else.
 //!
 //! - [`track`]: what the tracking programs and the agent share (map keys and values, ring records, counters).
+//! - [`uapi`]: the names, numbers and layouts of the original's control interface.
 //! - [`blockrange`]: the arithmetic from a bio to bits, pure, so that it is tested on the host and compiled for
 //!   the kernel unchanged.
 //!
@@ -10,3 +11,4 @@
 
 pub mod blockrange;
 pub mod track;
+pub mod uapi;

@@ -1,0 +1,199 @@
+//! Changed extents: the blocks of a read map that meet a condition, merged into ascending byte ranges.
+//!
+//! The map is scanned 64 blocks at a time: eight words of eight bytes become one mask of 64 bits, from which runs
+//! are taken by counting zeros. Nothing is collected, so that two million blocks can be streamed from a shared map
+//! at the cost of one pass over it.
+
+use std::iter::FusedIterator;
+use std::sync::Arc;
+
+use super::read_map::ReadMap;
+use crate::units::Extent;
+
+/// A one in each byte of a word.
+const ONES: u64 = 0x0101_0101_0101_0101;
+/// The low seven bits of each byte of a word.
+const LOW: u64 = 0x7f * ONES;
+/// The highest bit of each byte of a word.
+const HIGH: u64 = 0x80 * ONES;
+
+/// Which blocks are wanted, by their byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Condition {
+    /// Byte greater than this.
+    Above(u8),
+    /// Byte equal to this.
+    Equal(u8),
+}
+
+impl Condition {
+    /// Bit `i` is set if byte `i` of `blocks` meets the condition.
+    #[inline]
+    fn mask(self, blocks: &[u8; 64]) -> u64 {
+        match self {
+            // x > n, by bytes and without a carry between them: the low seven bits plus (127 - n's low seven)
+            // set the high bit where they are greater; n's own high bit decides how x's joins in.
+            Self::Above(n) if n < 0x80 => {
+                let add = u64::from(0x7f - n) * ONES;
+                gather(blocks, |x| ((x & LOW) + add) | x)
+            }
+            Self::Above(n) => {
+                let add = u64::from(0xff - n) * ONES;
+                gather(blocks, |x| ((x & LOW) + add) & x)
+            }
+            Self::Equal(n) => {
+                let same = u64::from(n) * ONES;
+                gather(blocks, |x| {
+                    let differs = x ^ same;
+                    !(((differs & LOW) + LOW) | differs)
+                })
+            }
+        }
+    }
+
+    /// The condition for one byte.
+    #[inline]
+    const fn holds(self, byte: u8) -> bool {
+        match self {
+            Self::Above(n) => byte > n,
+            Self::Equal(n) => byte == n,
+        }
+    }
+}
+
+/// Collects the high bits that `test` leaves in the bytes of each word.
+#[inline]
+fn gather(blocks: &[u8; 64], test: impl Fn(u64) -> u64) -> u64 {
+    let (words, _) = blocks.as_chunks::<8>();
+    let mut mask = 0;
+    for (i, word) in words.iter().enumerate() {
+        let high = (test(u64::from_le_bytes(*word)) & HIGH) >> 7;
+        // Bit 8 i goes to bit 56 + i; no two partial products meet.
+        mask |= (high.wrapping_mul(0x0102_0408_1020_4080) >> 56) << (8 * i);
+    }
+    mask
+}
+
+/// Iterator over changed extents: merged, ascending, clipped to the device's capacity.
+///
+/// It owns its share of the read map and can outlive the map it came from.
+#[derive(Clone, Debug)]
+pub struct ChangedExtents {
+    map: Arc<ReadMap>,
+    condition: Condition,
+    /// Blocks still to be reported of the 64 that begin at `base`.
+    mask: u64,
+    /// First block of the 64 in `mask`.
+    base: usize,
+    /// First block not scanned yet.
+    next: usize,
+}
+
+impl ChangedExtents {
+    pub(super) fn new(map: Arc<ReadMap>, condition: Condition) -> Self {
+        Self {
+            map,
+            condition,
+            mask: 0,
+            base: 0,
+            next: 0,
+        }
+    }
+
+    /// The read map that this iterates over.
+    #[must_use]
+    pub fn read_map(&self) -> &Arc<ReadMap> {
+        &self.map
+    }
+
+    /// Sum of the lengths of the extents still to come, in bytes.
+    #[must_use]
+    pub fn total_bytes(&self) -> u64 {
+        self.clone().map(|extent| extent.length).sum()
+    }
+
+    /// Loads the mask of the next 64 blocks; false at the end of the map.
+    #[inline]
+    fn load(&mut self) -> bool {
+        let bytes = self.map.bytes();
+        let Some(rest) = bytes.get(self.next..).filter(|rest| !rest.is_empty()) else {
+            return false;
+        };
+        self.base = self.next;
+        self.mask = if let Some(blocks) = rest.first_chunk::<64>() {
+            self.next += 64;
+            self.condition.mask(blocks)
+        } else {
+            self.next += rest.len();
+            rest.iter()
+                .rev()
+                .fold(0, |mask, byte| mask << 1 | u64::from(self.condition.holds(*byte)))
+        };
+        true
+    }
+}
+
+impl Iterator for ChangedExtents {
+    type Item = Extent;
+
+    #[inline]
+    fn next(&mut self) -> Option<Extent> {
+        while self.mask == 0 {
+            if !self.load() {
+                return None;
+            }
+        }
+        let start = self.mask.trailing_zeros();
+        // Adding the lowest bit carries through its run: what stays are the runs above it.
+        let (above, carried) = self.mask.overflowing_add(1 << start);
+        let first = self.base + start as usize;
+        let end;
+        if carried {
+            // The run reaches the end of these 64 and may go on in the next.
+            loop {
+                let reached = self.base + 64;
+                self.mask = 0;
+                if !self.load() {
+                    end = reached;
+                    break;
+                }
+                let run = self.mask.trailing_ones();
+                if run < 64 {
+                    self.mask &= u64::MAX << run;
+                    end = self.base + run as usize;
+                    break;
+                }
+            }
+        } else {
+            end = self.base + above.trailing_zeros() as usize;
+            self.mask &= above;
+        }
+        Some(self.map.extent_of(first, end))
+    }
+}
+
+impl FusedIterator for ChangedExtents {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_match_the_condition_for_every_byte_and_number() {
+        for number in 0..=255_u8 {
+            for condition in [Condition::Above(number), Condition::Equal(number)] {
+                for quarter in 0..4_u8 {
+                    let mut blocks = [0; 64];
+                    for (byte, i) in blocks.iter_mut().zip(0_u8..) {
+                        *byte = quarter * 64 + i;
+                    }
+                    let want = blocks
+                        .iter()
+                        .rev()
+                        .fold(0_u64, |mask, b| mask << 1 | u64::from(condition.holds(*b)));
+                    assert_eq!(condition.mask(&blocks), want, "{condition:?} quarter {quarter}");
+                }
+            }
+        }
+    }
+}
