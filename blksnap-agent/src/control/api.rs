@@ -1,0 +1,568 @@
+//! Control API: the JSON of every request and answer.
+//!
+//! Sizes, offsets and lengths are bytes; times are seconds since 1970 or durations in seconds. Devices are named
+//! by path in requests, and by path, kernel name and number in answers. Extents are ascending and do not touch.
+//! New fields may come with any version; a field never changes its meaning within [`API_VERSION`].
+//!
+//! | request | body | answer |
+//! |---|---|---|
+//! | `GET /v1/version` | | [`Version`] |
+//! | `GET /v1/devices` | | [`Devices`] |
+//! | `POST /v1/devices/attach` | [`Attach`] | [`DeviceStatus`] |
+//! | `POST /v1/devices/detach` | [`DeviceName`] | [`Empty`] |
+//! | `GET /v1/cbt?device=` | | [`CbtInfo`] |
+//! | `GET /v1/cbt/extents?device=&generation=&number=` | | [`Changes`] |
+//! | `GET /v1/cbt/map?device=&offset=&length=` | | the map's bytes, one a block |
+//! | `POST /v1/cbt/mark` | [`Mark`] | [`Marked`] |
+//! | `GET /v1/snapshots` | | [`Snapshots`] |
+//! | `POST /v1/snapshots` | [`CreateSnapshot`] | [`Snapshot`] |
+//! | `GET /v1/snapshots/ID` | | [`Snapshot`] |
+//! | `DELETE /v1/snapshots/ID` | | [`Empty`] |
+//! | `POST /v1/snapshots/ID/devices` | [`DeviceName`] | [`Snapshot`] |
+//! | `POST /v1/snapshots/ID/take` | [`Limits`] | lines of [`Event`]`<`[`Snapshot`]`>` |
+//! | `POST /v1/backups` | [`Backup`] | lines of [`Event`]`<`[`BackupResult`]`>` |
+//! | `GET /metrics` | | OpenMetrics text |
+//!
+//! A request that fails is answered with a status of 400 or more and [`ErrorBody`].
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{DeviceId, Extent, Generation, SnapshotId};
+
+/// Version of this interface.
+pub const API_VERSION: u32 = 1;
+
+/// Nothing to say but that it is done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Empty {}
+
+/// Who answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// Name of the program.
+    pub name: String,
+    /// Version of the program.
+    pub version: String,
+    /// [`API_VERSION`].
+    pub api: u32,
+    /// Version of the maps shared with the kernel.
+    pub abi: u32,
+    /// Release of the running kernel.
+    pub kernel: String,
+    /// Process id of the daemon.
+    pub pid: u32,
+}
+
+/// A request about one device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceName {
+    /// Absolute path of a block device.
+    pub device: String,
+}
+
+/// Begin to track a device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attach {
+    /// Absolute path of a block device.
+    pub device: String,
+    /// Size of a tracking block, a power of two from 4 KiB to 64 MiB; chosen by the capacity when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<u64>,
+}
+
+/// All tracked devices.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Devices {
+    /// In the order of their names.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// A mount of a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Where.
+    pub mountpoint: String,
+    /// Type of the file system.
+    pub fs_type: String,
+}
+
+/// State of a tracked device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// Canonical path.
+    pub device: String,
+    /// The kernel's name.
+    pub name: String,
+    /// Number.
+    pub id: DeviceId,
+    /// Kernel name of the whole disk.
+    pub disk: String,
+    /// Capacity in bytes.
+    pub capacity: u64,
+    /// Where it is mounted.
+    pub mounts: Vec<Mount>,
+    /// The change map.
+    pub cbt: CbtInfo,
+    /// What was seen since the attach.
+    pub counters: Counters,
+}
+
+/// Counters of a device since it was attached.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Operations by kind.
+    pub operations: BTreeMap<String, u64>,
+    /// Bytes by kind.
+    pub bytes: BTreeMap<String, u64>,
+    /// Records that came by the ring.
+    pub ring_records: u64,
+    /// Records that found the ring full; the bitmap had their blocks.
+    pub ring_full: u64,
+    /// Runs of the tracking programs that the kernel left out.
+    pub run_misses: u64,
+    /// Generations ended, by reason.
+    pub resets: BTreeMap<String, u64>,
+}
+
+/// The change map of a device, as the original's `cbtinfo`, and more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CbtInfo {
+    /// Canonical path of the device.
+    pub device: String,
+    /// Capacity in bytes.
+    pub device_capacity: u64,
+    /// Size of a tracking block in bytes.
+    pub block_size: u64,
+    /// Blocks in the map.
+    pub block_count: u64,
+    /// Numbers are only comparable within one generation.
+    pub generation_id: Generation,
+    /// Number of the last take; 0 before the first.
+    pub changes_number: u8,
+    /// Number that blocks written now get.
+    pub active_number: u8,
+    /// Blocks written since the last take.
+    pub dirty_blocks: u64,
+    /// Why the next take begins a new generation, where it does.
+    pub corrupted: Option<String>,
+}
+
+/// A point that a client knows: what changed since then is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// Generation of the number.
+    pub generation: Generation,
+    /// Number of the take.
+    pub number: u8,
+}
+
+/// Question for the extents that changed between a base and the last take.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangesQuery {
+    /// Absolute path of a block device.
+    pub device: String,
+    /// Generation of the base.
+    pub generation: Generation,
+    /// Number of the base.
+    pub number: u8,
+}
+
+/// What changed since a base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changes {
+    /// Canonical path of the device.
+    pub device: String,
+    /// The base that was asked about.
+    pub base: Base,
+    /// The take up to which the answer goes: the base of the next question.
+    pub upto: Base,
+    /// Size of a tracking block in bytes.
+    pub block_size: u64,
+    /// The extents, or why everything has to be read.
+    #[serde(flatten)]
+    pub outcome: ChangesOutcome,
+}
+
+/// Extents, or that there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChangesOutcome {
+    /// Everything outside of these is as it was at the base.
+    Extents(Vec<Extent>),
+    /// Nothing can be said: read the whole device.
+    FullNeeded {
+        /// Stable code.
+        reason: String,
+        /// The reason in words.
+        message: String,
+    },
+}
+
+/// Question for bytes of the map of the last take.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MapQuery {
+    /// Absolute path of a block device.
+    pub device: String,
+    /// First block.
+    #[serde(default)]
+    pub offset: u64,
+    /// How many blocks; to the end when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub length: Option<u64>,
+}
+
+/// Mark ranges as changed, in both maps.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mark {
+    /// Absolute path of a block device.
+    pub device: String,
+    /// The ranges; each one counts.
+    pub ranges: Vec<Extent>,
+}
+
+/// What was marked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marked {
+    /// Blocks that the ranges touch.
+    pub blocks: u64,
+}
+
+/// Create a snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateSnapshot {
+    /// Absolute paths of its devices; more can be added before the take.
+    #[serde(default)]
+    pub devices: Vec<String>,
+    /// Absolute path of the directory of the difference storage; the daemon's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<String>,
+}
+
+/// Bounds of a take.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Longest time for copying until the take, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_seconds: Option<u64>,
+    /// Most rounds of copying what changed meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_rounds: Option<u32>,
+    /// Longest time that the file systems may be frozen, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeze_limit_ms: Option<u64>,
+    /// Absolute path of a program run before, in and after the freeze.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeze_hook: Option<String>,
+}
+
+/// All snapshots.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Snapshots {
+    /// In the order of their creation.
+    pub snapshots: Vec<Snapshot>,
+}
+
+/// State of a snapshot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Identifier.
+    pub id: SnapshotId,
+    /// How far it is.
+    pub state: SnapshotState,
+    /// When it was created, in seconds since 1970.
+    pub created: u64,
+    /// The point in time of its images, in seconds since 1970; none before the take.
+    pub taken: Option<u64>,
+    /// Directory of the difference storage.
+    pub storage: String,
+    /// Bytes that it occupies there.
+    pub storage_bytes: u64,
+    /// Its devices.
+    pub devices: Vec<SnapshotDevice>,
+}
+
+/// How far a snapshot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotState {
+    /// Not taken yet.
+    Created,
+    /// Being taken.
+    Taking,
+    /// Its images can be read.
+    Taken,
+    /// Its images answer with errors.
+    Corrupted,
+}
+
+impl SnapshotState {
+    /// The word of the JSON.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Taking => "taking",
+            Self::Taken => "taken",
+            Self::Corrupted => "corrupted",
+        }
+    }
+}
+
+/// A device of a snapshot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotDevice {
+    /// Canonical path.
+    pub device: String,
+    /// The kernel's name.
+    pub name: String,
+    /// Number.
+    pub id: DeviceId,
+    /// Capacity in bytes.
+    pub capacity: u64,
+    /// The image, after the take.
+    pub image: Option<Image>,
+}
+
+/// A readable image of a device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Image {
+    /// Name of the NBD export.
+    pub export: String,
+    /// Where NBD clients find it.
+    pub uri: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// Bytes that it occupies in the difference storage.
+    pub stored_bytes: u64,
+    /// Generation and number of the take: the base of the next incremental backup.
+    #[serde(flatten)]
+    pub taken: Base,
+    /// What the image is as good as.
+    pub consistency: Consistency,
+    /// How long the file systems were frozen, in seconds; none where nothing was.
+    pub frozen_seconds: f64,
+    /// 0, or the errno that corrupted it.
+    pub error_code: i32,
+}
+
+/// What an image is as good as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Consistency {
+    /// The file system was frozen: nothing to replay or repair.
+    FileSystem,
+    /// As after a power cut at that instant.
+    Crash,
+}
+
+impl Consistency {
+    /// In words.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::FileSystem => "file system consistent",
+            Self::Crash => "crash consistent",
+        }
+    }
+}
+
+/// Make or renew a raw image file of a device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Backup {
+    /// Absolute path of a block device.
+    pub device: String,
+    /// Absolute path of the file.
+    pub target: String,
+    /// Write only what changed since the file was made, where that can be proven.
+    #[serde(default)]
+    pub incremental: bool,
+    /// Take the image of this snapshot instead of the live device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotId>,
+    /// Bounds of the take of a live device.
+    #[serde(default)]
+    pub limits: Limits,
+}
+
+/// Which kind a backup was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum BackupKind {
+    /// Everything was written.
+    Full {
+        /// Why, where an incremental one was asked for: stable code.
+        reason: Option<String>,
+        /// The same in words.
+        message: Option<String>,
+    },
+    /// Only what changed was written.
+    Incremental {
+        /// The base that the file had.
+        base: Base,
+    },
+}
+
+/// A backup that was made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BackupResult {
+    /// Canonical path of the device.
+    pub device: String,
+    /// The file.
+    pub target: String,
+    /// Full or incremental.
+    #[serde(flatten)]
+    pub kind: BackupKind,
+    /// Size of the image in bytes.
+    pub size: u64,
+    /// Bytes read from the device (a block written while copying counts each time).
+    pub copied_bytes: u64,
+    /// Rounds of copying; 1 when nothing was written meanwhile.
+    pub rounds: u32,
+    /// What the image is as good as.
+    pub consistency: Consistency,
+    /// How long the file systems were frozen, in seconds.
+    pub frozen_seconds: f64,
+    /// Time in all, in seconds.
+    pub seconds: f64,
+    /// Generation and number of the take: the base of the next one.
+    pub taken: Base,
+}
+
+/// A line of the answer of work that takes long. The last line is `done` or `error`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "event")]
+pub enum Event<T> {
+    /// How far it is.
+    Progress(Progress),
+    /// It is done.
+    Done {
+        /// What came of it.
+        result: T,
+    },
+    /// It failed.
+    Error(ErrorBody),
+}
+
+/// How far work is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// What is being done.
+    pub phase: String,
+    /// Bytes done in this phase.
+    pub done: u64,
+    /// Bytes of this phase; 0 where it is not known.
+    pub total: u64,
+}
+
+/// Why a request failed, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// Stable code.
+    pub code: String,
+    /// What was tried on what, and what went wrong.
+    pub message: String,
+    /// What to do.
+    pub remedy: String,
+}
+
+/// The state of one requirement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckState {
+    /// As it should be.
+    Ok,
+    /// Works, but not as well as it could.
+    Warning,
+    /// Does not work.
+    Failed,
+}
+
+/// One thing that `doctor` looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    /// Stable name.
+    pub name: String,
+    /// How it is.
+    pub state: CheckState,
+    /// What was found.
+    pub found: String,
+    /// What to do, where it is not as it should be.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub remedy: String,
+}
+
+/// What `doctor` found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DoctorReport {
+    /// Nothing that must be is missing.
+    pub ok: bool,
+    /// The checks, in the order of the text.
+    pub checks: Vec<Check>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn changes_are_extents_or_full_needed() {
+        let base = Base {
+            generation: Generation::new(uuid::Uuid::from_u128(1)),
+            number: 3,
+        };
+        let mut changes = Changes {
+            device: "/dev/sdz".to_owned(),
+            base,
+            upto: Base { number: 4, ..base },
+            block_size: 65_536,
+            outcome: ChangesOutcome::Extents(vec![Extent {
+                offset: 0,
+                length: 65_536,
+            }]),
+        };
+        let value = serde_json::to_value(&changes).unwrap();
+        assert_eq!(value["extents"], json!([{"offset": 0, "length": 65_536}]));
+        assert_eq!(value["base"]["number"], 3);
+        assert_eq!(serde_json::from_value::<Changes>(value).unwrap(), changes);
+        changes.outcome = ChangesOutcome::FullNeeded {
+            reason: "other_generation".to_owned(),
+            message: "words".to_owned(),
+        };
+        let value = serde_json::to_value(&changes).unwrap();
+        assert_eq!(value["full_needed"]["reason"], "other_generation");
+        assert_eq!(serde_json::from_value::<Changes>(value).unwrap(), changes);
+    }
+
+    #[test]
+    fn events_are_told_apart_by_one_field() {
+        let line = serde_json::to_string(&Event::<Empty>::Progress(Progress {
+            phase: "copy".to_owned(),
+            done: 1,
+            total: 2,
+        }))
+        .unwrap();
+        assert_eq!(line, r#"{"event":"progress","phase":"copy","done":1,"total":2}"#);
+        let line = r#"{"event":"error","code":"no_space","message":"m","remedy":"r"}"#;
+        assert!(matches!(
+            serde_json::from_str::<Event<Empty>>(line).unwrap(),
+            Event::Error(body) if body.code == "no_space"
+        ));
+    }
+
+    #[test]
+    fn unknown_fields_of_requests_are_refused() {
+        assert!(serde_json::from_value::<Attach>(json!({"device": "/dev/x", "blocksize": 1})).is_err());
+        assert!(serde_json::from_value::<Attach>(json!({"device": "/dev/x"})).is_ok());
+    }
+}

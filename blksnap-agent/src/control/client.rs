@@ -1,0 +1,251 @@
+//! Client: requests to the daemon over its unix socket.
+
+use std::fmt::Write as _;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use axum::body::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::{Method, Request, Response};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use super::api::{ErrorBody, Event, Progress};
+
+/// Longest line of a streamed answer: a snapshot of thousands of devices fits.
+const LINE_BYTES: usize = 16 << 20;
+
+/// A request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error(
+        "connect to the daemon at {}: it is not running: start it with `blksnap-agent daemon`, or name its socket with --socket",
+        socket.display()
+    )]
+    NotRunning {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// The socket is not ours to use.
+    #[error("connect to the daemon at {}: needs root: run with sudo", socket.display())]
+    NotAllowed {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// The socket can't be used.
+    #[error("connect to the daemon at {}: {source}", socket.display())]
+    Connect {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("talk to the daemon at {}: {message}: see the log of the daemon", socket.display())]
+    Broken {
+        /// The socket.
+        socket: PathBuf,
+        /// What happened.
+        message: String,
+    },
+    /// The daemon says no.
+    #[error("{0}")]
+    Refused(ErrorBody),
+}
+
+/// A client of the daemon behind one socket. Each request has a connection of its own.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    /// A client of the daemon at `socket`.
+    #[must_use]
+    pub fn new(socket: &Path) -> Self {
+        Self {
+            socket: socket.to_owned(),
+        }
+    }
+
+    fn broken(&self, message: impl ToString) -> ClientError {
+        ClientError::Broken {
+            socket: self.socket.clone(),
+            message: message.to_string(),
+        }
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let stream = UnixStream::connect(&self.socket).await.map_err(|source| {
+            let socket = self.socket.clone();
+            match source.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    ClientError::NotRunning { socket }
+                }
+                io::ErrorKind::PermissionDenied => ClientError::NotAllowed { socket },
+                _ => ClientError::Connect { socket, source },
+            }
+        })?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| self.broken(error))?;
+        // It ends with the last of request and answer; its error shows in these.
+        tokio::spawn(connection);
+        let mut request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, "localhost");
+        if body.is_some() {
+            request = request.header(CONTENT_TYPE, "application/json");
+        }
+        let request = request
+            .body(Full::new(Bytes::from(body.unwrap_or_default())))
+            .map_err(|error| self.broken(error))?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|error| self.broken(error))?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status();
+        let bytes = self.collect(response).await?;
+        match serde_json::from_slice(&bytes) {
+            Ok(body) => Err(ClientError::Refused(body)),
+            Err(_) => Err(self.broken(status)),
+        }
+    }
+
+    async fn collect(&self, response: Response<Incoming>) -> Result<Bytes, ClientError> {
+        let body = response.into_body().collect().await;
+        Ok(body.map_err(|error| self.broken(error))?.to_bytes())
+    }
+
+    async fn read<T: DeserializeOwned>(&self, response: Response<Incoming>) -> Result<T, ClientError> {
+        let bytes = self.collect(response).await?;
+        serde_json::from_slice(&bytes).map_err(|error| self.broken(error))
+    }
+
+    fn encode<B: Serialize>(&self, body: &B) -> Result<Option<Vec<u8>>, ClientError> {
+        serde_json::to_vec(body)
+            .map(Some)
+            .map_err(|error| self.broken(error))
+    }
+
+    /// `GET` with an answer in JSON.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.read(self.send(Method::GET, path, None).await?).await
+    }
+
+    /// `GET` with an answer in bytes.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn get_bytes(&self, path: &str) -> Result<Bytes, ClientError> {
+        self.collect(self.send(Method::GET, path, None).await?).await
+    }
+
+    /// `POST` with an answer in JSON.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn post<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> Result<T, ClientError> {
+        self.read(self.send(Method::POST, path, self.encode(body)?).await?)
+            .await
+    }
+
+    /// `DELETE`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn delete(&self, path: &str) -> Result<(), ClientError> {
+        self.collect(self.send(Method::DELETE, path, None).await?)
+            .await
+            .map(drop)
+    }
+
+    /// `POST` whose answer is a stream of [`Event`]s; `progress` sees each one until the last. Dropping the
+    /// future cancels the work.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; also when the stream ends before the work does.
+    pub async fn run<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+        mut progress: impl FnMut(&Progress),
+    ) -> Result<T, ClientError> {
+        let response = self.send(Method::POST, path, self.encode(body)?).await?;
+        let mut body = response.into_body();
+        let mut rest = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| self.broken(error))?;
+            let Some(data) = frame.data_ref() else { continue };
+            rest.extend_from_slice(data);
+            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = rest.drain(..=end).collect();
+                match serde_json::from_slice(&line).map_err(|error| self.broken(error))? {
+                    Event::Progress(now) => progress(&now),
+                    Event::Done { result } => return Ok(result),
+                    Event::Error(body) => return Err(ClientError::Refused(body)),
+                }
+            }
+            if rest.len() > LINE_BYTES {
+                return Err(self.broken("a line of the answer is too long"));
+            }
+        }
+        Err(self.broken("it ended before the work was done"))
+    }
+}
+
+/// `path` with a query string; everything but letters, digits and `-._~/` is escaped (RFC 3986, 2.3; `/` and
+/// `:` may stand in a query).
+#[must_use]
+pub fn with_query(path: &str, query: &[(&str, &str)]) -> String {
+    let mut text = path.to_owned();
+    for (number, (key, value)) in query.iter().enumerate() {
+        text.push(if number == 0 { '?' } else { '&' });
+        text.push_str(key);
+        text.push('=');
+        for byte in value.bytes() {
+            if byte.is_ascii_alphanumeric() || b"-._~/:".contains(&byte) {
+                text.push(char::from(byte));
+            } else {
+                // Writing to a string can't fail.
+                let _ = write!(text, "%{byte:02X}");
+            }
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_are_escaped() {
+        assert_eq!(
+            with_query("/v1/cbt", &[("device", "/dev/a b&c=ü"), ("number", "3")]),
+            "/v1/cbt?device=/dev/a%20b%26c%3D%C3%BC&number=3"
+        );
+        assert_eq!(with_query("/v1/cbt", &[]), "/v1/cbt");
+    }
+}

@@ -1,0 +1,109 @@
+//! Stream: the answer of work that takes long. One JSON object a line ([`Event`]): progress, then `done` or
+//! `error`. When the client goes away, or the daemon stops, the work is cancelled.
+
+use std::convert::Infallible;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use axum::http::header;
+use axum::response::{IntoResponse as _, Response};
+use serde::Serialize;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::api::{Event, Progress};
+use super::error::{ApiError, Code};
+
+/// Shortest time between two lines of progress of the same phase.
+const INTERVAL: Duration = Duration::from_millis(100);
+
+/// Lines that wait for a client that reads slowly; further progress is left out, never the last line.
+const QUEUE: usize = 16;
+
+/// What work gets to say how far it is, and to hear that nobody waits for it any more.
+#[derive(Debug)]
+pub struct Reporter {
+    lines: mpsc::Sender<Bytes>,
+    cancel: CancellationToken,
+    last: Mutex<Option<(String, Instant)>>,
+}
+
+impl Reporter {
+    /// Says how far the work is. Called as often as one likes: most calls cost a look at the clock.
+    pub fn progress(&self, progress: Progress) {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        if let Some((phase, at)) = &*last
+            && *phase == progress.phase
+            && now.duration_since(*at) < INTERVAL
+            && progress.done != progress.total
+        {
+            return;
+        }
+        *last = Some((progress.phase.clone(), now));
+        drop(last);
+        // A full queue means that the client reads slowly: it misses a line.
+        let _ = self.lines.try_send(line(&Event::<()>::Progress(progress)));
+    }
+
+    /// Ends when the work is to stop.
+    #[must_use]
+    pub const fn cancel(&self) -> &CancellationToken {
+        &self.cancel
+    }
+}
+
+fn line<T: Serialize>(event: &Event<T>) -> Bytes {
+    let mut line = serde_json::to_vec(event).unwrap_or_else(|error| {
+        let body = ApiError::new(Code::Io, format!("write the answer: {error}"), "").body();
+        serde_json::to_vec(&Event::<()>::Error(body)).unwrap_or_default()
+    });
+    line.push(b'\n');
+    line.into()
+}
+
+/// Runs `work` on a thread of its own and answers with its lines. `stop` cancels it, and so does a client that
+/// goes away.
+pub fn respond<T, W>(stop: &CancellationToken, work: W) -> Response
+where
+    T: Serialize + Send + 'static,
+    W: FnOnce(&Reporter) -> Result<T, ApiError> + Send + 'static,
+{
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let cancel = stop.child_token();
+    let reporter = Reporter {
+        lines: sender.clone(),
+        cancel: cancel.clone(),
+        last: Mutex::new(None),
+    };
+    let running = tokio::task::spawn_blocking(move || work(&reporter));
+    tokio::spawn(async move {
+        let event = match running.await {
+            Ok(Ok(result)) => Event::Done { result },
+            Ok(Err(error)) => Event::Error(error.body()),
+            Err(error) => Event::Error(
+                ApiError::new(
+                    Code::Io,
+                    format!("run the request: {error}"),
+                    "see the log of the daemon",
+                )
+                .body(),
+            ),
+        };
+        // Nobody reads it when the client is gone.
+        let _ = sender.send(line(&event)).await;
+    });
+    let body = futures_util::stream::unfold(
+        (receiver, cancel.drop_guard()),
+        |(mut receiver, guard)| async move {
+            let line = receiver.recv().await?;
+            Some((Ok::<_, Infallible>(line), (receiver, guard)))
+        },
+    );
+    (
+        [(header::CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(body),
+    )
+        .into_response()
+}
