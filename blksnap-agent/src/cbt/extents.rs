@@ -145,7 +145,8 @@ impl Iterator for ChangedExtents {
         }
         let start = self.mask.trailing_zeros();
         // Adding the lowest bit carries through its run: what stays are the runs above it.
-        let (above, carried) = self.mask.overflowing_add(1 << start);
+        let lowest = self.mask & self.mask.wrapping_neg();
+        let (above, carried) = self.mask.overflowing_add(lowest);
         let first = self.base + start as usize;
         let end;
         if carried {

@@ -416,4 +416,6 @@ const fn index(block: u64) -> usize {
 }
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;
