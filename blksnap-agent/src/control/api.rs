@@ -11,7 +11,7 @@
 //! | `POST /v1/devices/attach` | [`Attach`] | [`DeviceStatus`] |
 //! | `POST /v1/devices/detach` | [`DeviceName`] | [`Empty`] |
 //! | `GET /v1/cbt?device=` | | [`CbtInfo`] |
-//! | `GET /v1/cbt/extents?device=&generation=&number=` | | [`Changes`] |
+//! | `GET /v1/cbt/extents?device=&generation=&number=` | | [`crate::cbt::ChangedAnswer`] |
 //! | `GET /v1/cbt/map?device=&offset=&length=` | | the map's bytes, one a block |
 //! | `POST /v1/cbt/mark` | [`Mark`] | [`Marked`] |
 //! | `GET /v1/snapshots` | | [`Snapshots`] |
@@ -170,37 +170,6 @@ pub struct ChangesQuery {
     pub generation: Generation,
     /// Number of the base.
     pub number: u8,
-}
-
-/// What changed since a base.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Changes {
-    /// Canonical path of the device.
-    pub device: String,
-    /// The base that was asked about.
-    pub base: Base,
-    /// The take up to which the answer goes: the base of the next question.
-    pub upto: Base,
-    /// Size of a tracking block in bytes.
-    pub block_size: u64,
-    /// The extents, or why everything has to be read.
-    #[serde(flatten)]
-    pub outcome: ChangesOutcome,
-}
-
-/// Extents, or that there is no answer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ChangesOutcome {
-    /// Everything outside of these is as it was at the base.
-    Extents(Vec<Extent>),
-    /// Nothing can be said: read the whole device.
-    FullNeeded {
-        /// Stable code.
-        reason: String,
-        /// The reason in words.
-        message: String,
-    },
 }
 
 /// Question for bytes of the map of the last take.
@@ -514,35 +483,6 @@ pub struct DoctorReport {
 mod tests {
     use super::*;
     use serde_json::json;
-
-    #[test]
-    fn changes_are_extents_or_full_needed() {
-        let base = Base {
-            generation: Generation::new(uuid::Uuid::from_u128(1)),
-            number: 3,
-        };
-        let mut changes = Changes {
-            device: "/dev/sdz".to_owned(),
-            base,
-            upto: Base { number: 4, ..base },
-            block_size: 65_536,
-            outcome: ChangesOutcome::Extents(vec![Extent {
-                offset: 0,
-                length: 65_536,
-            }]),
-        };
-        let value = serde_json::to_value(&changes).unwrap();
-        assert_eq!(value["extents"], json!([{"offset": 0, "length": 65_536}]));
-        assert_eq!(value["base"]["number"], 3);
-        assert_eq!(serde_json::from_value::<Changes>(value).unwrap(), changes);
-        changes.outcome = ChangesOutcome::FullNeeded {
-            reason: "other_generation".to_owned(),
-            message: "words".to_owned(),
-        };
-        let value = serde_json::to_value(&changes).unwrap();
-        assert_eq!(value["full_needed"]["reason"], "other_generation");
-        assert_eq!(serde_json::from_value::<Changes>(value).unwrap(), changes);
-    }
 
     #[test]
     fn events_are_told_apart_by_one_field() {

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::api;
 use super::error::{ApiError, Code};
 use super::stream::{self, Reporter};
+use crate::cbt::ChangedReport;
 use crate::units::SnapshotId;
 
 /// Largest request in bytes: room for half a million ranges of `cbt mark`.
@@ -57,7 +58,7 @@ pub trait Service: Send + Sync + 'static {
     ///
     /// # Errors
     /// Not attached, or never taken.
-    fn cbt_extents(&self, request: &api::ChangesQuery) -> Result<api::Changes, ApiError>;
+    fn cbt_extents(&self, request: &api::ChangesQuery) -> Result<ChangedReport, ApiError>;
     /// Bytes of the map of the last take.
     ///
     /// # Errors
@@ -225,7 +226,7 @@ async fn cbt_info(
 async fn cbt_extents(
     State(context): State<Context>,
     Asked(request): Asked<api::ChangesQuery>,
-) -> Answer<api::Changes> {
+) -> Answer<ChangedReport> {
     answer(context, move |service| service.cbt_extents(&request)).await
 }
 

@@ -14,6 +14,7 @@ use super::error::{ApiError, Code};
 use super::server::{Service, router, serve_unix};
 use super::socket;
 use super::stream::Reporter;
+use crate::cbt::ChangedReport;
 use crate::units::{Generation, SnapshotId};
 
 #[derive(Default)]
@@ -48,7 +49,7 @@ impl Service for Script {
     fn cbt_info(&self, request: &api::DeviceName) -> Result<api::CbtInfo, ApiError> {
         refuse(&request.device)
     }
-    fn cbt_extents(&self, _: &api::ChangesQuery) -> Result<api::Changes, ApiError> {
+    fn cbt_extents(&self, _: &api::ChangesQuery) -> Result<ChangedReport, ApiError> {
         refuse("extents")
     }
     fn cbt_map(&self, _: &api::MapQuery) -> Result<Bytes, ApiError> {
