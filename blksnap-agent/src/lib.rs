@@ -13,6 +13,7 @@
 //! | [`engine`] | moves bytes from a device to a sink |
 //! | [`tracker`] | the eBPF programs and what they record |
 //! | [`filter`] | how old data survives; `converge` needs to hold no write |
+//! | [`statefile`] | small documents that survive a crash |
 //! | [`storage`] | difference storage |
 //! | [`snapshot`] | snapshots over several devices, one instant |
 //! | [`backup`] | raw image files, full and incremental |
@@ -32,6 +33,7 @@ pub mod engine;
 pub mod filter;
 pub mod nbd;
 pub mod snapshot;
+pub mod statefile;
 pub mod storage;
 pub mod sys;
 pub mod telemetry;

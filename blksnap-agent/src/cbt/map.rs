@@ -304,6 +304,18 @@ impl CbtMap {
         }
     }
 
+    /// The map as it is now, the open period included, without a take: what to copy before the take that will name
+    /// the copy. Its number is the one that the next take would get.
+    ///
+    /// # Errors
+    /// The map is corrupted.
+    pub fn live_map(&self) -> Result<Arc<ReadMap>, FullNeeded> {
+        match self.corrupted() {
+            Some(reason) => Err(FullReason::Corrupted(reason).into()),
+            None => Ok(Arc::new(self.freeze_as(self.active))),
+        }
+    }
+
     /// Closes the period: its number becomes the number of this take, the map is copied to the read map, and a new
     /// period opens. The caller has marked everything written up to this instant.
     ///
@@ -351,15 +363,19 @@ impl CbtMap {
             read.number = number;
             read.bytes.copy_from_slice(&self.bytes);
         } else {
-            self.read = Some(Arc::new(ReadMap {
-                generation: self.generation,
-                number,
-                began: self.began,
-                block_size: self.block_size,
-                capacity: self.capacity,
-                bytes: self.bytes.clone(),
-                doubt: Arc::clone(&self.doubt),
-            }));
+            self.read = Some(Arc::new(self.freeze_as(number)));
+        }
+    }
+
+    fn freeze_as(&self, number: u8) -> ReadMap {
+        ReadMap {
+            generation: self.generation,
+            number,
+            began: self.began,
+            block_size: self.block_size,
+            capacity: self.capacity,
+            bytes: self.bytes.clone(),
+            doubt: Arc::clone(&self.doubt),
         }
     }
 

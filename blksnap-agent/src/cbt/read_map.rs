@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
+use super::CbtInfo;
 use super::extents::{ChangedExtents, Condition};
 use super::reason::{FullNeeded, FullReason, ResetReason};
 use crate::units::{BlockSize, Extent, Generation, Sectors};
@@ -77,6 +78,21 @@ impl ReadMap {
     #[must_use]
     pub const fn capacity(&self) -> Sectors {
         self.capacity
+    }
+
+    /// The facts about the map; nothing is dirty in it.
+    #[must_use]
+    pub fn info(&self) -> CbtInfo {
+        CbtInfo {
+            device_capacity: self.capacity.bytes(),
+            block_size: self.block_size.bytes(),
+            block_count: self.bytes.len() as u64,
+            generation: self.generation,
+            changes_number: self.number,
+            dirty_blocks: 0,
+            began: self.began,
+            corrupted: self.doubt(),
+        }
     }
 
     /// A byte per block: the number of the period in which it last changed, 0 for never in this generation.

@@ -214,6 +214,25 @@ fn marks_on_request_are_seen_in_both_maps() {
 }
 
 #[test]
+fn the_live_map_has_the_open_period() {
+    let mut map = map_of(100);
+    map.mark_blocks(1, 1);
+    take(&mut map);
+    map.mark_blocks(2, 2);
+    let live = map.live_map().unwrap();
+    map.mark_blocks(3, 3);
+    assert_eq!(live.number(), map.active());
+    let base = |number| Base {
+        generation: generation(1),
+        number,
+    };
+    assert_eq!(blocks(live.changed_since(&base(0)).unwrap()), [1, 2]);
+    assert_eq!(blocks(live.changed_since(&base(1)).unwrap()), [2]);
+    map.corrupt(ResetReason::Requested);
+    assert!(map.live_map().is_err() && live.changed_since(&base(1)).is_err());
+}
+
+#[test]
 fn the_last_extent_ends_with_the_device() {
     let size = BlockSize::from_shift(16).unwrap();
     let mut map = CbtMap::new(generation(1), size, Sectors::new(128 * 70 + 3)).unwrap();

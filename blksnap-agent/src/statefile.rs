@@ -1,0 +1,322 @@
+//! State file: a small JSON document that survives a crash or is known to be damaged.
+//!
+//! The document is `{"format", "version", "checksum", "content"}`. The checksum is CRC-32C over the compact JSON of
+//! the content, so that a file edited by hand, cut short or mixed up by a bad disk is refused instead of believed.
+//!
+//! # Crash consistency
+//! A new version is written to a temporary file beside, synced, and renamed over the old one; then the directory is
+//! synced. After a crash at any point the name leads to the whole old or the whole new document, and once
+//! [`write`] has returned, to the new one.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Longest state file that is read, in bytes.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// What a kind of state file is called, and its version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Format {
+    /// Name of the kind, as in the file.
+    pub name: &'static str,
+    /// The version that this program reads and writes.
+    pub version: u32,
+}
+
+/// A state file can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateFileError {
+    /// It can't be read or written.
+    #[error("can't {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file or its directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not what was written.
+    #[error("{path} is damaged: {why}")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// It was written by a program that knows more, or is of another kind.
+    #[error("{path} is {found}, but {} version {} is needed", format.name, format.version)]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// What it says it is.
+        found: String,
+        /// What is needed.
+        format: Format,
+    },
+}
+
+impl StateFileError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    format: String,
+    version: u32,
+    checksum: String,
+    content: Value,
+}
+
+/// Writes `content` to `path`, replacing what is there as a whole. The file is only for its owner.
+///
+/// # Errors
+/// The directory can't be written or synced. Then the old document is still there, or the new one as a whole.
+pub fn write<T: Serialize>(path: &Path, format: Format, content: &T) -> Result<(), StateFileError> {
+    let invalid = |source: serde_json::Error| StateFileError::io("write", path)(source.into());
+    let content = serde_json::to_value(content).map_err(invalid)?;
+    let document = Document {
+        format: format.name.to_owned(),
+        version: format.version,
+        checksum: checksum(&content),
+        content,
+    };
+    let mut text = serde_json::to_vec_pretty(&document).map_err(invalid)?;
+    text.push(b'\n');
+
+    let temporary = temporary_of(path);
+    let placed = place(&temporary, path, &text);
+    if placed.is_err() {
+        // It may never have come to exist; the error to tell is the first one.
+        let _ = fs::remove_file(&temporary);
+    }
+    placed
+}
+
+fn place(temporary: &Path, path: &Path, text: &[u8]) -> Result<(), StateFileError> {
+    let failed = StateFileError::io;
+    match fs::remove_file(temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(failed("remove", temporary)(error));
+        }
+        _ => {}
+    }
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(temporary)
+        .map_err(failed("create", temporary))?;
+    file.write_all(text).map_err(failed("write", temporary))?;
+    // The content first: a name that leads to a file not written yet would be worse than the old name.
+    file.sync_all().map_err(failed("sync", temporary))?;
+    fs::rename(temporary, path).map_err(failed("rename a new version to", path))?;
+    sync_directory_of(path)
+}
+
+/// Makes a change of names in the directory of `path` permanent.
+///
+/// # Errors
+/// The directory can't be opened or synced.
+pub fn sync_directory_of(path: &Path) -> Result<(), StateFileError> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(StateFileError::io("sync", directory))
+}
+
+/// Reads the document at `path`; `None` if there is no file.
+///
+/// # Errors
+/// The file can't be read, is damaged, or is of another format or version.
+pub fn read<T: DeserializeOwned>(path: &Path, format: Format) -> Result<Option<T>, StateFileError> {
+    let damaged = |why: String| StateFileError::Damaged {
+        path: path.to_owned(),
+        why,
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        // A pipe in its place must not stop us.
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path);
+    let file = match file {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(StateFileError::io("open", path)(error)),
+    };
+    let is_file = file
+        .metadata()
+        .map_err(StateFileError::io("read", path))?
+        .is_file();
+    if !is_file {
+        return Err(damaged("not a regular file".to_owned()));
+    }
+    let mut text = Vec::new();
+    file.take(MAX_BYTES + 1)
+        .read_to_end(&mut text)
+        .map_err(StateFileError::io("read", path))?;
+    if text.len() as u64 > MAX_BYTES {
+        return Err(damaged(format!("longer than {MAX_BYTES} bytes")));
+    }
+    let document: Document = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+    if document.format != format.name || document.version != format.version {
+        return Err(StateFileError::Version {
+            path: path.to_owned(),
+            found: format!("{:?} version {}", document.format, document.version),
+            format,
+        });
+    }
+    let sum = checksum(&document.content);
+    if sum != document.checksum {
+        return Err(damaged(format!(
+            "its checksum is {sum}, not {}",
+            document.checksum
+        )));
+    }
+    serde_json::from_value(document.content)
+        .map(Some)
+        .map_err(|error| damaged(error.to_string()))
+}
+
+/// Removes the document at `path`, if there is one, for good.
+///
+/// # Errors
+/// It can't be removed, or the directory not synced.
+pub fn remove(path: &Path) -> Result<(), StateFileError> {
+    match fs::remove_file(path) {
+        Ok(()) => sync_directory_of(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(StateFileError::io("remove", path)(error)),
+    }
+}
+
+/// The name of the temporary file: fixed, so that one left by a crash is replaced by the next writer.
+fn temporary_of(path: &Path) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(".new");
+    path.with_file_name(name)
+}
+
+fn checksum(content: &Value) -> String {
+    // Numbers and strings have one compact form, and members keep the order in which they were parsed or sorted.
+    format!("crc32c:{:08x}", crc32c(content.to_string().as_bytes()))
+}
+
+/// CRC-32C (Castagnoli), reflected, as in iSCSI and ext4.
+fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            crc >> 1 ^ 0x82f6_3b78 * (crc & 1)
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FORMAT: Format = Format {
+        name: "test",
+        version: 3,
+    };
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Content {
+        zeta: u64,
+        alpha: String,
+        none: Option<u8>,
+    }
+
+    fn content() -> Content {
+        Content {
+            zeta: u64::MAX,
+            alpha: "\u{e9}\"\\\n".to_owned(),
+            none: None,
+        }
+    }
+
+    #[test]
+    fn crc_of_the_check_string() {
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(crc32c(b""), 0);
+    }
+
+    #[test]
+    fn what_was_written_is_read_and_nothing_else_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state.json");
+        assert!(read::<Content>(&path, FORMAT).unwrap().is_none());
+        fs::write(temporary_of(&path), "left by a crash").unwrap();
+        for _ in 0..2 {
+            write(&path, FORMAT, &content()).unwrap();
+            assert_eq!(read::<Content>(&path, FORMAT).unwrap(), Some(content()));
+        }
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        remove(&path).unwrap();
+        remove(&path).unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn every_changed_or_missing_byte_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state.json");
+        write(&path, FORMAT, &content()).unwrap();
+        let right = fs::read(&path).unwrap();
+        for i in 0..right.len() - 1 {
+            fs::write(&path, &right[..i]).unwrap();
+            assert!(read::<Content>(&path, FORMAT).is_err(), "cut at {i}");
+            for flip in [1, 2, 0x10, 0x20] {
+                let mut wrong = right.clone();
+                wrong[i] ^= flip;
+                fs::write(&path, &wrong).unwrap();
+                // White space between the parts carries nothing.
+                let same = read::<Content>(&path, FORMAT).is_ok_and(|read| read == Some(content()));
+                let blank = right[i].is_ascii_whitespace() && wrong[i].is_ascii_whitespace();
+                assert_eq!(same, blank, "byte {i} flipped by {flip:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn other_formats_and_versions_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state.json");
+        for other in [
+            Format { version: 4, ..FORMAT },
+            Format {
+                name: "else",
+                ..FORMAT
+            },
+        ] {
+            write(&path, other, &content()).unwrap();
+            let error = read::<Content>(&path, FORMAT).unwrap_err();
+            assert!(matches!(error, StateFileError::Version { .. }), "{error}");
+        }
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(read::<Content>(&path, FORMAT).is_err());
+        assert!(write(&path, FORMAT, &content()).is_err());
+        assert!(!temporary_of(&path).exists());
+        fs::write(directory.path().join("long"), vec![b' '; 1 << 21]).unwrap();
+        assert!(read::<Content>(&directory.path().join("long"), FORMAT).is_err());
+    }
+}
