@@ -7,11 +7,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-
-use crate::process;
 
 /// Suites of Debian's mirrors that carry new Rust releases, tried before the machine's own ones.
 const DEBIAN_SUITES: [&str; 4] = ["trixie-backports", "stable-backports", "testing", "unstable"];
@@ -28,6 +26,9 @@ const KEY_RINGS: [(&str, &[&str]); 2] = [
     ("ubuntu", &["/usr/share/keyrings/ubuntu-archive-keyring.gpg"]),
 ];
 
+/// The name of the configuration file of our own runs of apt.
+const CONFIGURATION: &str = "apt.conf";
+
 /// A mirror in the machine's configuration, and a suite to look into.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Place {
@@ -36,10 +37,12 @@ struct Place {
     distribution: &'static str,
 }
 
-/// Downloads the package for Rust `release` into `folder`.
+/// Downloads the package for Rust `release` into `folder`. Without `--no-release-info` apt would list only what an
+/// earlier `apt-get update` downloaded, and a fresh machine has nothing.
 pub(super) fn download(release: &str, folder: &Path) -> Result<PathBuf> {
-    let targets = process::output(apt("apt-get").args([
+    let targets = ask(apt("apt-get").args([
         "indextargets",
+        "--no-release-info",
         "--format",
         "$(CREATED_BY) $(REPO_URI) $(RELEASE)",
     ]))?;
@@ -66,8 +69,13 @@ fn places(targets: &str) -> Vec<Place> {
         let (Some("Packages"), Some(uri), Some(suite)) = (fields.next(), fields.next(), fields.next()) else {
             continue;
         };
-        // A mirror is known by the folder it serves: /debian/, /ubuntu/. Others have no such package.
-        let distribution = match uri.trim_end_matches('/').rsplit('/').next() {
+        // A mirror is known by the folder it serves, /debian/ or /ubuntu/, or by the name of a list of mirrors.
+        let distribution = match uri
+            .trim_end_matches('/')
+            .trim_end_matches(".list")
+            .rsplit('/')
+            .next()
+        {
             Some("debian") => "debian",
             Some("ubuntu" | "ubuntu-ports") => "ubuntu",
             _ => continue,
@@ -134,55 +142,61 @@ impl Private {
         fs::write(
             folder.join("sources/one.sources"),
             format!(
-                "Types: deb\nURIs: {}\nSuites: {}\nComponents: {components}\n{signed}",
+                "Types: deb\nURIs: {}\nSuites: {}\nComponents: {components}\nTargets: Packages\n{signed}",
                 place.uri, place.suite
             ),
         )
         .context("writing apt's sources failed")?;
+        let configuration = [
+            ("Dir::Etc::sourcelist", "/dev/null".to_owned()),
+            (
+                "Dir::Etc::sourceparts",
+                folder.join("sources").display().to_string(),
+            ),
+            ("Dir::State::lists", folder.join("lists").display().to_string()),
+            ("Dir::Cache", folder.join("cache").display().to_string()),
+            // The folder may be below a home that apt's download user can't enter.
+            ("APT::Sandbox::User", "root".to_owned()),
+            ("Acquire::Languages", "none".to_owned()),
+        ]
+        .map(|(name, value)| format!("{name} \"{value}\";\n"));
+        // What the machine runs after an update is for its own lists.
+        let hooks = ["Pre-Invoke", "Post-Invoke", "Post-Invoke-Success"]
+            .map(|name| format!("#clear APT::Update::{name};\n"));
+        fs::write(
+            folder.join(CONFIGURATION),
+            hooks.concat() + &configuration.concat(),
+        )
+        .context("writing apt's configuration failed")?;
         Ok(Self { folder })
     }
 
     fn command(&self, program: &str) -> Command {
         let mut command = apt(program);
-        for (option, value) in [
-            ("Dir::Etc::sourcelist", Path::new("/dev/null").to_owned()),
-            ("Dir::Etc::sourceparts", self.folder.join("sources")),
-            ("Dir::State::lists", self.folder.join("lists")),
-            ("Dir::Cache", self.folder.join("cache")),
-        ] {
-            command.arg("-o").arg(format!("{option}={}", value.display()));
-        }
-        // The folder may be below a home that apt's download user can't enter.
-        command.args([
-            "-o",
-            "APT::Sandbox::User=root",
-            "-o",
-            "Acquire::Languages=none",
-            "--quiet",
-        ]);
-        command.current_dir(&self.folder);
+        command
+            .arg("-c")
+            .arg(self.folder.join(CONFIGURATION))
+            .current_dir(&self.folder);
         command
     }
 
     /// Reads the index of the suite, and downloads the package if it is there.
     fn fetch(&self, release: &str) -> Result<PathBuf> {
-        process::output(self.command("apt-get").args(["--error-on=any", "update"]))?;
+        ask(self
+            .command("apt-get")
+            .args(["--quiet", "--error-on=any", "update"]))?;
         let versioned = match release.rsplit_once('.') {
             Some((minor, _)) => format!("rust-{minor}-src"),
             None => release.to_owned(),
         };
-        let listed = process::output(
-            self.command("apt-cache")
-                .args(["madison", "rust-src", &versioned]),
-        )
-        .unwrap_or_default();
+        let listed = ask(self
+            .command("apt-cache")
+            .args(["madison", "rust-src", &versioned]))?;
         let (name, version) =
             choose(&listed, release).with_context(|| format!("it has {}", versions(&listed)))?;
-        process::output(
-            self.command("apt-get")
-                .arg("download")
-                .arg(format!("{name}={version}")),
-        )?;
+        ask(self
+            .command("apt-get")
+            .args(["--quiet", "download", &format!("{name}={version}")]))?;
         let entries = fs::read_dir(&self.folder).context("reading the download folder failed")?;
         entries
             .filter_map(|entry| Some(entry.ok()?.path()))
@@ -198,6 +212,26 @@ fn apt(program: &str) -> Command {
         .env("LC_ALL", "C")
         .env("DEBIAN_FRONTEND", "noninteractive");
     command
+}
+
+/// Runs a program of apt; its first complaint becomes the error.
+fn ask(command: &mut Command) -> Result<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .context("starting apt failed")?;
+    if !output.status.success() {
+        bail!("{}", complaint(&String::from_utf8_lossy(&output.stderr)));
+    }
+    String::from_utf8(output.stdout).context("apt printed no UTF-8")
+}
+
+/// The first error that apt printed, which explains the ones after it.
+fn complaint(text: &str) -> &str {
+    text.lines()
+        .find_map(|line| line.strip_prefix("E: "))
+        .unwrap_or("apt failed and said nothing")
+        .trim()
 }
 
 /// The name and version of the first package of `release` that `apt-cache madison` listed.
