@@ -1,11 +1,21 @@
 //! Developer and CI commands of blksnap: `cargo xtask COMMAND`.
 
+mod lint;
+mod packages;
 mod process;
+mod rules;
+mod run;
+mod test;
 mod toolchain;
+mod workspace;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
+use anyhow::Result;
 use clap::{Parser, Subcommand};
+
+use crate::workspace::Profile;
 
 /// Developer and CI commands of blksnap.
 #[derive(Parser)]
@@ -21,19 +31,77 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Provide what the build needs: Rust library sources and bpf-linker
-    Setup(toolchain::SetupArguments),
+    /// Provide what building and testing need: Rust library sources, bpf-linker, distribution packages
+    Setup {
+        /// Leave out the distribution packages: enough to build
+        #[arg(long)]
+        toolchain: bool,
+        /// Take the Rust library sources from here only, even if they are present
+        #[arg(long, value_name = "FROM", value_enum)]
+        rust_src: Option<toolchain::Source>,
+    },
+    /// Build the agent with its eBPF programs
+    Build {
+        /// Optimised, as for use
+        #[arg(long)]
+        release: bool,
+    },
+    /// Run the agent with ARGS as root
+    Run {
+        /// Optimised, as for use
+        #[arg(long)]
+        release: bool,
+        /// Arguments of the agent
+        #[arg(last = true, required = true)]
+        args: Vec<OsString>,
+    },
+    /// Run every test (root: they make loop devices and load eBPF programs)
+    Test {
+        /// Arguments of `cargo test`, such as `-p blksnap-tests NAME`; all tests without
+        #[arg(last = true)]
+        args: Vec<OsString>,
+    },
+    /// Check format, clippy, documentation and the project's own rules
+    Lint,
+    /// Format all code
+    Fmt,
+    /// What the continuous integration does
+    Ci,
 }
 
 fn main() -> ExitCode {
-    let outcome = match Arguments::parse().command {
-        Command::Setup(arguments) => toolchain::set_up(&arguments),
-    };
-    match outcome {
+    match execute(Arguments::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn execute(command: Command) -> Result<()> {
+    let profile = |release| {
+        if release {
+            Profile::Release
+        } else {
+            Profile::Development
+        }
+    };
+    match command {
+        Command::Setup { toolchain, rust_src } => {
+            toolchain::set_up(rust_src)?;
+            if toolchain { Ok(()) } else { packages::set_up() }
+        }
+        Command::Build { release } => {
+            toolchain::set_up(None)?;
+            let agent = workspace::build_agent(profile(release))?;
+            println!("{}", agent.display());
+            Ok(())
+        }
+        Command::Run { release, args } => run::agent(profile(release), &args),
+        Command::Test { args } => test::run(&args),
+        Command::Lint => lint::run(),
+        Command::Fmt => process::run(workspace::cargo().args(["fmt", "--all"])),
+        Command::Ci => process::run(&mut process::command(workspace::root().join(".ci/run"))),
     }
 }

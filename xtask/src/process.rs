@@ -1,8 +1,40 @@
 //! Process: running other programs, with errors that say which one failed at what.
 
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+
+/// Where Debian has the programs of an administrator; the PATH of a person who became root may lack them.
+const ADMINISTRATION: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/// PATH, with the folders of an administrator's programs.
+fn path() -> OsString {
+    let given = env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> = env::split_paths(&given).collect();
+    for folder in ADMINISTRATION.map(PathBuf::from) {
+        if !folders.contains(&folder) {
+            folders.push(folder);
+        }
+    }
+    env::join_paths(folders).unwrap_or(given)
+}
+
+/// The file of a program.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    env::split_paths(&path())
+        .map(|folder| folder.join(program))
+        .find(|file| file.is_file())
+}
+
+/// A command that finds, and whose children find, the programs of an administrator.
+pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command.env("PATH", path());
+    command
+}
 
 /// The command line as a person would type it.
 pub(crate) fn line(command: &Command) -> String {

@@ -75,7 +75,7 @@ impl Machine {
 
     fn setup(&self, environment: &[(&str, &Path)]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_xtask"))
-            .args(["setup"])
+            .args(["setup", "--toolchain"])
             .env_clear()
             .env("PATH", self.path("bin"))
             .env("HOME", self.path("home"))

@@ -29,17 +29,9 @@ use crate::process;
 /// Names an archive with the folder `library` of the Rust sources.
 const ARCHIVE_VARIABLE: &str = "BLKSNAP_RUST_SRC_ARCHIVE";
 
-/// Arguments of `cargo xtask setup` that concern the toolchain.
-#[derive(clap::Args, Default)]
-pub(crate) struct SetupArguments {
-    /// Take the Rust library sources from here only, even if they are present
-    #[arg(long, value_name = "FROM", value_enum)]
-    rust_src: Option<Source>,
-}
-
 /// A place that may have the library sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Source {
+pub(crate) enum Source {
     /// The archive that BLKSNAP_RUST_SRC_ARCHIVE names (tar with zstd, xz or gzip)
     Archive,
     /// `rustup component add rust-src`
@@ -84,11 +76,12 @@ impl Offers {
 }
 
 /// Makes sure that a plain `cargo build` works: library sources and linker.
-pub(crate) fn set_up(arguments: &SetupArguments) -> Result<()> {
+/// With `wanted` the sources are taken from there, even if they are present.
+pub(crate) fn set_up(wanted: Option<Source>) -> Result<()> {
     let toolchain = Toolchain::from_environment();
     let compiler = Compiler::query(&toolchain).map_err(|error| anyhow!(error))?;
     let cache = locate::cache_folder().map_err(|error| anyhow!(error))?;
-    set_up_sources(&toolchain, &compiler, &cache, arguments.rust_src)?;
+    set_up_sources(&toolchain, &compiler, &cache, wanted)?;
     set_up_linker(&toolchain, &cache)
 }
 

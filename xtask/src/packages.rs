@@ -1,0 +1,103 @@
+//! Packages: programs of the distribution that the tests, the demonstration and the benchmark run.
+
+use std::fs;
+
+use anyhow::{Context, Result, bail};
+use nix::unistd::Uid;
+
+use crate::process;
+
+/// A program, and the package of Debian and Ubuntu that has it.
+const NEEDED: [(&str, &str); 17] = [
+    ("nbdinfo", "libnbd-bin"),
+    ("nbdcopy", "libnbd-bin"),
+    ("nbdkit", "nbdkit"),
+    ("fio", "fio"),
+    ("qemu-img", "qemu-utils"),
+    ("qemu-io", "qemu-utils"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("e2fsck", "e2fsprogs"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("xfs_repair", "xfsprogs"),
+    ("mkfs.btrfs", "btrfs-progs"),
+    ("parted", "parted"),
+    ("sgdisk", "gdisk"),
+    ("losetup", "mount"),
+    ("blkdiscard", "util-linux"),
+    ("fstrim", "util-linux"),
+    ("strace", "strace"),
+];
+
+/// Makes sure that every program is there: installs its package when this is root on Debian or Ubuntu, otherwise
+/// names all that are missing.
+pub(crate) fn set_up() -> Result<()> {
+    let missing = missing(|program| process::find(program).is_some());
+    if missing.is_empty() {
+        println!("setup: distribution packages: all there");
+        return Ok(());
+    }
+    let names = missing.join(" ");
+    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    if !is_debian(&release) {
+        bail!("programs are missing: install the packages that Debian calls {names}");
+    }
+    if !Uid::effective().is_root() {
+        bail!("distribution packages are missing: run as root: apt-get install {names}");
+    }
+    println!("setup: installing {names}");
+    let apt = || {
+        let mut command = process::command("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive").arg("--quiet");
+        command
+    };
+    process::output(apt().arg("update")).context("apt-get has no current lists")?;
+    process::output(
+        apt()
+            .args(["install", "--yes", "--no-install-recommends"])
+            .args(&missing),
+    )
+    .with_context(|| format!("installing {names} failed"))?;
+    Ok(())
+}
+
+/// The packages of the programs that are not there, each once.
+fn missing(is_there: impl Fn(&str) -> bool) -> Vec<&'static str> {
+    let mut packages: Vec<&str> = NEEDED
+        .into_iter()
+        .filter(|(program, _)| !is_there(program))
+        .map(|(_, package)| package)
+        .collect();
+    packages.dedup();
+    packages
+}
+
+/// Whether /etc/os-release is of Debian or something made from it.
+fn is_debian(release: &str) -> bool {
+    release
+        .lines()
+        .filter_map(|line| line.strip_prefix("ID=").or_else(|| line.strip_prefix("ID_LIKE=")))
+        .flat_map(|value| value.trim_matches('"').split(' '))
+        .any(|id| id == "debian" || id == "ubuntu")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_package_is_named_once() {
+        assert_eq!(
+            missing(|program| program.starts_with("nbd") || program == "fio").first(),
+            Some(&"qemu-utils")
+        );
+        assert_eq!(missing(|program| !program.starts_with("qemu")), ["qemu-utils"]);
+        assert!(missing(|_| true).is_empty());
+    }
+
+    #[test]
+    fn debian_and_its_children_are_known() {
+        assert!(is_debian("NAME=x\nID=debian\n"));
+        assert!(is_debian("ID=mint\nID_LIKE=\"ubuntu debian\"\n"));
+        assert!(!is_debian("ID=fedora\nID_LIKE=\"rhel\"\n"));
+    }
+}

@@ -1,0 +1,86 @@
+//! Workspace: its root, cargo in it, and the agent's executable.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::process;
+
+/// The folder of the workspace.
+pub(crate) fn root() -> &'static Path {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest)
+}
+
+/// The cargo that runs this program, in the workspace.
+pub(crate) fn cargo() -> Command {
+    let mut command = process::command(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
+    command.current_dir(root());
+    command
+}
+
+/// Where cargo puts what it builds: this program is in `target/PROFILE/`.
+pub(crate) fn target() -> PathBuf {
+    let own = env::current_exe()
+        .ok()
+        .and_then(|this| Some(this.parent()?.parent()?.to_owned()));
+    own.unwrap_or_else(|| root().join("target"))
+}
+
+/// How the agent is compiled.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Profile {
+    /// Quick to build.
+    Development,
+    /// As it is meant to be used.
+    Release,
+}
+
+/// Builds the agent and gives the path of its executable. The toolchain must be set up.
+pub(crate) fn build_agent(profile: Profile) -> Result<PathBuf> {
+    let mut command = cargo();
+    command.args(["build", "--package", "blksnap-agent", "--bin", "blksnap-agent"]);
+    command.arg("--message-format=json-render-diagnostics");
+    if profile == Profile::Release {
+        command.arg("--release");
+    }
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("starting `{}` failed", process::line(&command)))?;
+    ensure!(output.status.success(), "building the agent failed (see above)");
+    executable(&String::from_utf8_lossy(&output.stdout)).context("cargo built no executable blksnap-agent")
+}
+
+/// The executable in cargo's messages: one JSON object a line.
+fn executable(messages: &str) -> Option<PathBuf> {
+    messages.lines().find_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        let of_agent = message.pointer("/target/name")? == "blksnap-agent";
+        let path = message.get("executable")?.as_str()?;
+        of_agent.then(|| PathBuf::from(path))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_executable_is_found_among_cargos_messages() {
+        let messages = "{\"reason\":\"compiler-artifact\",\"target\":{\"name\":\"nix\"},\"executable\":null}\n\
+                        {\"reason\":\"compiler-artifact\",\"target\":{\"name\":\"blksnap-agent\"},\"executable\":\"/t/blksnap-agent\"}\n\
+                        {\"reason\":\"build-finished\",\"success\":true}\n";
+        assert_eq!(executable(messages), Some(PathBuf::from("/t/blksnap-agent")));
+        assert_eq!(executable("not json\n"), None);
+    }
+
+    #[test]
+    fn the_root_has_the_workspace() {
+        assert!(root().join("blksnap-agent/Cargo.toml").is_file());
+    }
+}
