@@ -52,6 +52,32 @@ pub enum DiskError {
         /// Its number, `major:minor`.
         id: String,
     },
+    /// Direct reads can't reach the last bytes, or any.
+    #[error(
+        "{path} does not begin and end on a block of its disk ({logical_block} bytes): set a right partition table or size"
+    )]
+    Unaligned {
+        /// The node.
+        path: PathBuf,
+        /// Logical block size of the disk in bytes.
+        logical_block: u32,
+    },
+    /// The mount table can't be read.
+    #[error("can't read {path}: {source}; mount /proc and /sys")]
+    MountTable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A mount point can't be opened, or another file system is mounted over it.
+    #[error("can't open the file system mounted at {mountpoint}: {why}")]
+    MountPoint {
+        /// The mount point.
+        mountpoint: PathBuf,
+        /// Why.
+        why: String,
+    },
     /// The device that is there now is not the one that was opened.
     #[error("{path} is another device than before: attach it again")]
     Replaced {

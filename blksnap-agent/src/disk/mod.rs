@@ -1,7 +1,15 @@
-//! Disk: block devices, their identity and geometry.
+//! Disk: block devices, their identity, geometry, direct reads, mounts and freezing.
 
 pub mod device;
 mod error;
+pub mod freeze;
+pub mod mounts;
+mod reader;
+pub mod watchdog;
 
 pub use device::BlockDevice;
 pub use error::DiskError;
+pub use freeze::{FileSystems, FreezeError, Freezer};
+pub use mounts::Mount;
+pub use reader::DirectReader;
+pub use watchdog::WatchdogCommand;

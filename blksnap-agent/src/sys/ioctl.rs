@@ -13,6 +13,7 @@ mod raw {
     nix::ioctl_read_bad!(blkpbszget, nix::request_code_none!(0x12, 123), c_uint);
     nix::ioctl_read_bad!(blkiomin, nix::request_code_none!(0x12, 120), c_uint);
     nix::ioctl_read_bad!(blkroget, nix::request_code_none!(0x12, 94), c_int);
+    nix::ioctl_read!(blkgetdiskseq, 0x12, 128, u64);
     nix::ioctl_none!(blkflsbuf, 0x12, 97);
     nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
     nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
@@ -73,6 +74,17 @@ pub fn blkroget(device: impl AsFd) -> Result<bool, Errno> {
     // SAFETY: the descriptor is open for the call, and the kernel writes one int to `read_only`.
     unsafe { raw::blkroget(device.as_fd().as_raw_fd(), &raw mut read_only) }?;
     Ok(read_only != 0)
+}
+
+/// `BLKGETDISKSEQ` (Linux 5.15): sequence number of the disk, never used twice until the next boot.
+///
+/// # Errors
+/// `ENOTTY`: not a block device, or an older kernel.
+pub fn blkgetdiskseq(device: impl AsFd) -> Result<u64, Errno> {
+    let mut number = 0_u64;
+    // SAFETY: the descriptor is open for the call, and the kernel writes one u64 to `number`.
+    unsafe { raw::blkgetdiskseq(device.as_fd().as_raw_fd(), &raw mut number) }?;
+    Ok(number)
 }
 
 /// `BLKFLSBUF`: writes back and drops the page cache of the device's node.

@@ -1,3 +1,7 @@
 //! System: the kernel's calls behind safe functions; the only unsafe code of the agent.
 
+mod buffer;
+pub mod fdpass;
 pub mod ioctl;
+
+pub use buffer::AlignedBuffer;
