@@ -78,8 +78,8 @@ pub enum DiskError {
         /// Why.
         why: String,
     },
-    /// The device that is there now is not the one that was opened.
-    #[error("{path} is another device than before: attach it again")]
+    /// The device that is there now is not the one that was opened, or it shrank.
+    #[error("{path} is another device than before, or smaller: attach it again")]
     Replaced {
         /// The node.
         path: PathBuf,

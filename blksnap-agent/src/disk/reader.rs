@@ -52,7 +52,9 @@ impl DirectReader {
             // Kernels before 5.15 have neither the attribute nor the ioctl.
             ioctl::blkgetdiskseq(&disk).is_ok_and(|now| now == known)
         });
-        if !same_number || !same_disk {
+        let size = ioctl::blkgetsize64(&disk).map_err(|errno| failed(errno.into()))?;
+        let large_enough = size >= device.first_sector.bytes() + device.capacity.bytes();
+        if !same_number || !same_disk || !large_enough {
             return Err(DiskError::Replaced { path: path.clone() });
         }
         let logical_block = u64::from(device.logical_block);
