@@ -3,5 +3,6 @@
 mod buffer;
 pub mod fdpass;
 pub mod ioctl;
+pub mod uring;
 
 pub use buffer::AlignedBuffer;
