@@ -10,9 +10,19 @@
 //! only after the target was synced. A backup that was killed therefore leaves a file that is known not to be an
 //! image, and the next one is full.
 
+mod error;
+pub mod image;
 pub mod plan;
-
+mod report;
+pub mod session;
 pub mod sidecar;
+mod sparse;
+pub mod target;
 
+pub use error::BackupError;
+pub use image::{Control, ImageSource, from_image};
 pub use plan::{DeviceFacts, FullWhy, Plan};
-pub use sidecar::{Fingerprint, Sidecar, SidecarState};
+pub use report::{Mode, Report};
+pub use session::Session;
+pub use sidecar::{Fingerprint, Sidecar, SidecarDevice, SidecarState};
+pub use target::{Target, TargetError};
