@@ -412,9 +412,8 @@ impl Transmission<'_> {
             let Ok(_worker) = workers.acquire_owned().await else {
                 return;
             };
-            let done = tokio::task::spawn_blocking(move || {
-                carry_out(&*export, &session, request, pending, &counters)
-            });
+            let done =
+                tokio::task::spawn_blocking(move || carry_out(export, &session, request, pending, &counters));
             if let Err(error) = done.await {
                 tracing::error!(%error, "a thread that served an nbd request failed");
             }
@@ -422,9 +421,10 @@ impl Transmission<'_> {
     }
 }
 
-/// Carries a request out and answers it. Blocks.
+/// Carries a request out and answers it. Blocks. The export is let go before the answer: a client that has all its
+/// answers keeps no removed export alive.
 fn carry_out(
-    export: &dyn Export,
+    export: Arc<dyn Export>,
     session: &Session,
     request: Request,
     pending: Pending,
@@ -451,14 +451,18 @@ fn carry_out(
         Command::BlockStatus { offset, length, one } => session
             .contexts
             .iter()
-            .map(|context| status(export, context, offset, length, one))
+            .map(|context| status(&*export, context, offset, length, one))
             .collect::<Result<Vec<_>, _>>()
             .map(|contexts| reply::block_status(&mut bytes, cookie, &contexts)),
     };
     match outcome {
-        Ok(()) => pending.complete(bytes),
+        Ok(()) => {
+            drop(export);
+            pending.complete(bytes);
+        }
         Err(error) => {
             tracing::debug!(export = export.name(), %error, "an nbd request failed");
+            drop(export);
             pending.fail(error.code(), &error.to_string());
         }
     }

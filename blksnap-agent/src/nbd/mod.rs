@@ -8,3 +8,6 @@ pub mod proto;
 pub mod registry;
 pub mod server;
 pub mod socket;
+
+#[cfg(test)]
+mod tests;
