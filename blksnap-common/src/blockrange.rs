@@ -22,10 +22,11 @@ pub mod op {
     pub const ZONE_APPEND: u32 = 7;
     /// `REQ_OP_WRITE_ZEROES`.
     pub const WRITE_ZEROES: u32 = 9;
-    /// First of the zone operations `OPEN`, `CLOSE`, `FINISH`.
+    /// First code of the zone operations: open, close, finish, reset, reset all. Their numbers moved (6.1: even
+    /// and odd ones from 10 to 17; 6.18: odd ones from 11 to 19), the range did not.
     pub const ZONE_FIRST: u32 = 10;
-    /// `REQ_OP_ZONE_RESET_ALL`, the last of them.
-    pub const ZONE_LAST: u32 = 17;
+    /// Last code before the driver's private operations (`REQ_OP_DRV_IN` is 34).
+    pub const ZONE_LAST: u32 = 33;
 }
 
 /// What an operation does, or `None` for one that changes nothing (a read).
@@ -149,6 +150,9 @@ mod tests {
         assert_eq!(classify(0x0008_0001), Some(OpKind::Write));
         assert_eq!(classify(op::ZONE_APPEND), Some(OpKind::Zone));
         assert_eq!(classify(op::WRITE_ZEROES), Some(OpKind::WriteZeroes));
+        for zone in 10..34 {
+            assert_eq!(classify(zone), Some(OpKind::Zone));
+        }
         assert_eq!(classify(34), Some(OpKind::Other));
         for code in 1..=255 {
             assert!(classify(code).is_some());

@@ -25,6 +25,13 @@ pub const BITMAP_HEADER_WORDS: u32 = 1;
 /// Slot flag: writes are entered in the ledger and marked again when they complete.
 pub const SLOT_LEDGER: u32 = 1;
 
+/// Disk flag: the driver works on requests (blk-mq), so that writes end at `block_rq_complete`, piece by piece;
+/// otherwise they end at `block_bio_complete`, whole.
+pub const DISK_REQUESTS: u32 = 1;
+
+/// Disk flag: a slot of the disk has [`SLOT_LEDGER`].
+pub const DISK_LEDGER: u32 = 2;
+
 /// One tracked range of a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -49,6 +56,10 @@ pub struct Slot {
 pub struct DiskSlots {
     /// How many of `slots` are in use, from the first one on.
     pub count: u32,
+    /// Sectors in a zone of a zoned disk (a power of two), 0 for other disks.
+    pub zone_sectors: u32,
+    /// [`DISK_REQUESTS`], [`DISK_LEDGER`].
+    pub flags: u32,
     /// Always 0.
     pub reserved: u32,
     /// The slots.
@@ -59,6 +70,8 @@ impl DiskSlots {
     /// A disk without slots.
     pub const EMPTY: Self = Self {
         count: 0,
+        zone_sectors: 0,
+        flags: 0,
         reserved: 0,
         slots: [Slot {
             first_sector: 0,
@@ -91,6 +104,9 @@ pub enum OpKind {
 
 /// Number of [`OpKind`]s.
 pub const OP_KINDS: usize = 6;
+
+/// Length of the arrays by kind: a power of two, so that the verifier sees a masked index stay inside.
+pub const KIND_ENTRIES: usize = 8;
 
 impl OpKind {
     /// All kinds, in the order of their numbers.
@@ -138,9 +154,9 @@ pub struct Record {
 #[repr(C)]
 pub struct SlotCounters {
     /// Operations by [`OpKind`].
-    pub ops: [u64; OP_KINDS],
+    pub ops: [u64; KIND_ENTRIES],
     /// Bytes by [`OpKind`].
-    pub bytes: [u64; OP_KINDS],
+    pub bytes: [u64; KIND_ENTRIES],
     /// Reads seen; the self test looks for these.
     pub reads: u64,
     /// Ring records written.
@@ -153,8 +169,6 @@ pub struct SlotCounters {
 pub struct SlotState {
     /// Records that found the ring full. The bitmap has their blocks.
     pub ring_full: u64,
-    /// Writes that touch a sector past the bitmap: the map is no longer right.
-    pub out_of_range: u64,
     /// Operations on the whole device without a length (`REQ_OP_ZONE_RESET_ALL`).
     pub whole_device: u64,
     /// Map look-ups that failed although they can't: the map is no longer right.
@@ -181,17 +195,21 @@ pub struct LedgerRange {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct LedgerEntry {
-    /// The range as queued, then as remapped to a lower disk. An unused range has no sectors.
+    /// The range on the disk that the write was last sent to, then the one on the upper disk that redirected it,
+    /// or one without sectors.
     pub ranges: [LedgerRange; 2],
+    /// Sectors of `ranges[0]` that have not completed yet.
+    pub remaining: u64,
 }
 
 const _: () = {
     assert!(size_of::<Slot>() == 32);
-    assert!(size_of::<DiskSlots>() == 8 + 32 * SLOTS_PER_DISK);
+    assert!(size_of::<DiskSlots>() == 16 + 32 * SLOTS_PER_DISK);
     assert!(size_of::<Record>() == 32);
-    assert!(size_of::<SlotCounters>() == 8 * (2 * OP_KINDS + 2));
-    assert!(size_of::<SlotState>() == 48);
-    assert!(size_of::<LedgerEntry>() == 32);
+    assert!(size_of::<SlotCounters>() == 8 * (2 * KIND_ENTRIES + 2));
+    assert!(size_of::<SlotState>() == 40);
+    assert!(size_of::<LedgerEntry>() == 40);
+    assert!(OP_KINDS <= KIND_ENTRIES && KIND_ENTRIES.is_power_of_two());
 };
 
 #[cfg(feature = "user")]

@@ -3,6 +3,7 @@
 mod buffer;
 pub mod fdpass;
 pub mod ioctl;
+pub mod mman;
 pub mod uring;
 
 pub use buffer::AlignedBuffer;

@@ -1,1 +1,334 @@
 //! Tracker: the eBPF programs and what they record.
+//!
+//! Programs on the tracepoints of the block layer set one bit per tracking block and period in a bitmap that
+//! this process maps; a record goes through a ring buffer when a block becomes dirty. The bitmap is the truth,
+//! the ring only makes the change map current between takes: a full ring loses nothing, since the bitmap is read
+//! again then. A thread drains the ring by a timer; no event wakes anybody up, which would cost several times
+//! the rest of the event.
+//!
+//! [`Tracker`] owns programs and slots; a [`TrackedDevice`] is one attached device. Used by the filters, the
+//! snapshots and the daemon.
+//!
+//! # What ends a generation
+//! A program run that the kernel skipped, a map look-up that failed, a capacity that changed, a device that was
+//! replaced, a hook that does not fire: [`TrackedDevice::check_doubt`]. The map then answers "full needed" with
+//! the reason, rather than a list that may lack a block.
+
+mod bitmap;
+mod btf;
+mod device;
+mod error;
+mod layout;
+mod object;
+mod probe;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use aya::maps::{MapData, RingBuf};
+use blksnap_common::track::{MAX_SLOTS, RING_BYTES, Record, SlotState};
+
+pub use bitmap::DirtyBlocks;
+pub use btf::{BtfError, KernelBtf};
+pub use device::{DeviceCounters, LedgerStatus, TrackedDevice};
+pub use error::TrackerError;
+pub use layout::Layout;
+
+use crate::cbt::{ResetReason, TrackingParams};
+use crate::disk::BlockDevice;
+use crate::sys::mman::SharedWords;
+use crate::units::{BlockSize, DeviceId};
+use object::{Loaded, Object};
+
+/// How often the ring is drained while events come.
+const DRAIN_BUSY: Duration = Duration::from_millis(10);
+/// How often it is looked at while none do.
+const DRAIN_IDLE: Duration = Duration::from_millis(100);
+/// How often doubt is looked for.
+const DOUBT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How the tracker is set up.
+#[derive(Clone, Debug)]
+pub struct TrackerConfig {
+    /// Size of the event ring in bytes: a power of two, at least 4096.
+    pub ring_bytes: u32,
+    /// The kernel's type information.
+    pub btf: PathBuf,
+}
+
+impl Default for TrackerConfig {
+    fn default() -> Self {
+        Self {
+            ring_bytes: RING_BYTES,
+            btf: PathBuf::from(KernelBtf::PATH),
+        }
+    }
+}
+
+/// Size of the tracking blocks of a device.
+#[derive(Clone, Copy, Debug)]
+pub enum Granularity {
+    /// By the capacity, as the parameters say.
+    Adaptive(TrackingParams),
+    /// This size.
+    Fixed(BlockSize),
+}
+
+/// What devices and the drain thread share.
+struct Shared {
+    object: Mutex<Object>,
+    /// `STATE`: a [`SlotState`] per slot, as words.
+    state: SharedWords,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn object(&self) -> MutexGuard<'_, Object> {
+        self.object.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slot_state(&self, slot: u32) -> SlotState {
+        const WORDS: usize = size_of::<SlotState>() / size_of::<u64>();
+        let start = slot as usize * WORDS;
+        let word = |i: usize| self.state.words()[start + i].load(std::sync::atomic::Ordering::Acquire);
+        SlotState {
+            ring_full: word(0),
+            whole_device: word(1),
+            errors: word(2),
+            ledger_lost: word(3),
+            unknown_completions: word(4),
+        }
+    }
+}
+
+/// The loaded programs and all tracked devices.
+#[derive(Debug)]
+pub struct Tracker {
+    shared: Arc<Shared>,
+    devices: RwLock<Vec<Arc<TrackedDevice>>>,
+    /// One attach or detach at a time.
+    changing: Mutex<()>,
+    drain: Mutex<Option<thread::JoinHandle<()>>>,
+}
+
+impl Tracker {
+    /// Loads the programs into the kernel and starts the thread that drains the ring.
+    ///
+    /// # Errors
+    /// No type information, no privilege, a kernel that refuses the programs.
+    pub fn load(config: &TrackerConfig) -> Result<Arc<Self>, TrackerError> {
+        Self::load_adjusted(config, |_| {})
+    }
+
+    fn load_adjusted(
+        config: &TrackerConfig,
+        adjust: impl FnOnce(&mut Layout),
+    ) -> Result<Arc<Self>, TrackerError> {
+        let Loaded {
+            object,
+            ring,
+            state,
+            logger,
+        } = Object::load(config.ring_bytes, &config.btf, adjust)?;
+        let tracker = Arc::new(Self {
+            shared: Arc::new(Shared {
+                object: Mutex::new(object),
+                state,
+            }),
+            devices: RwLock::new(Vec::new()),
+            changing: Mutex::new(()),
+            drain: Mutex::new(None),
+        });
+        let weak = Arc::downgrade(&tracker);
+        let thread = thread::Builder::new()
+            .name("blksnap-drain".to_owned())
+            .spawn(move || drain(&weak, ring, logger))
+            .map_err(|source| TrackerError::Io {
+                action: "start the drain thread".to_owned(),
+                source,
+            })?;
+        *tracker.drain.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(tracker)
+    }
+
+    /// Starts to track a device, and proves by a read that the hook sees it.
+    ///
+    /// # Errors
+    /// Tracked already, too many devices or blocks, or the hook does not fire for it. Nothing is left then.
+    pub fn attach(
+        &self,
+        device: BlockDevice,
+        granularity: Granularity,
+    ) -> Result<Arc<TrackedDevice>, TrackerError> {
+        let _changing = self.changing();
+        if self.device(device.id).is_some() {
+            return Err(TrackerError::Already(device.path.display().to_string()));
+        }
+        self.attach_as(device, granularity, ResetReason::NewAttach)
+    }
+
+    fn attach_as(
+        &self,
+        device: BlockDevice,
+        granularity: Granularity,
+        began: ResetReason,
+    ) -> Result<Arc<TrackedDevice>, TrackerError> {
+        let block_size = match granularity {
+            Granularity::Adaptive(params) => params.block_size(device.capacity),
+            Granularity::Fixed(size) => size,
+        };
+        let tracked = Arc::new(TrackedDevice::attach(&self.shared, device, block_size, began)?);
+        self.write_devices(|devices| devices.push(Arc::clone(&tracked)));
+        Ok(tracked)
+    }
+
+    /// Stops tracking a device. Its map is gone.
+    ///
+    /// # Errors
+    /// It is not attached, or the kernel refuses.
+    pub fn detach(&self, id: DeviceId) -> Result<(), TrackerError> {
+        let _changing = self.changing();
+        let tracked = self.device(id).ok_or(TrackerError::NotAttached(id))?;
+        tracked.detach()?;
+        self.write_devices(|devices| devices.retain(|device| device.device().id != id));
+        Ok(())
+    }
+
+    /// The device as a snapshot is about to be taken of it: one that changed its capacity is attached anew,
+    /// with a new generation.
+    ///
+    /// # Errors
+    /// It is not attached, gone, or can't be attached anew.
+    pub fn device_for_take(&self, id: DeviceId) -> Result<Arc<TrackedDevice>, TrackerError> {
+        let tracked = self.device(id).ok_or(TrackerError::NotAttached(id))?;
+        if tracked.capacity_now()? == tracked.device().capacity {
+            return Ok(tracked);
+        }
+        let _changing = self.changing();
+        let device = BlockDevice::open(&tracked.device().path)?;
+        tracked.detach()?;
+        self.write_devices(|devices| devices.retain(|device| device.device().id != id));
+        self.attach_as(
+            device,
+            Granularity::Fixed(tracked.block_size()),
+            ResetReason::Resized,
+        )
+    }
+
+    /// The tracked device with this number.
+    #[must_use]
+    pub fn device(&self, id: DeviceId) -> Option<Arc<TrackedDevice>> {
+        self.devices().into_iter().find(|device| device.device().id == id)
+    }
+
+    /// All tracked devices, in the order of their attach.
+    #[must_use]
+    pub fn devices(&self) -> Vec<Arc<TrackedDevice>> {
+        self.devices
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn write_devices(&self, change: impl FnOnce(&mut Vec<Arc<TrackedDevice>>)) {
+        change(&mut self.devices.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Tracker {
+    fn drop(&mut self) {
+        let thread = self.drain.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
+            && thread.thread().id() != thread::current().id()
+        {
+            thread.thread().unpark();
+            // A drain thread that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Body of the drain thread: until the tracker is gone.
+fn drain(
+    tracker: &Weak<Tracker>,
+    mut ring: RingBuf<MapData>,
+    mut logger: Option<aya_log::EbpfLogger<&'static dyn log::Log>>,
+) {
+    let mut interval = DRAIN_BUSY;
+    let mut next_doubt = Instant::now() + DOUBT_INTERVAL;
+    let mut by_slot: Vec<Option<Arc<TrackedDevice>>> = Vec::new();
+    while let Some(tracker) = tracker.upgrade() {
+        by_slot.clear();
+        by_slot.resize(MAX_SLOTS as usize, None);
+        let devices = tracker.devices();
+        for device in &devices {
+            by_slot[device.slot_id() as usize] = Some(Arc::clone(device));
+        }
+        let mut records = 0_u32;
+        // A writer may be as fast as this loop: the other duties get their turn all the same.
+        while records < RING_BYTES / size_of::<Record>() as u32
+            && let Some(item) = ring.next()
+        {
+            records += 1;
+            if let Some(record) = decode(&item)
+                && let Some(Some(device)) = by_slot.get(record.slot as usize)
+            {
+                device.apply(&record);
+            }
+        }
+        for device in &devices {
+            device.catch_up();
+        }
+        if let Some(logger) = &mut logger {
+            logger.flush();
+        }
+        if Instant::now() >= next_doubt {
+            next_doubt = Instant::now() + DOUBT_INTERVAL;
+            for device in &devices {
+                device.check_doubt();
+            }
+        }
+        by_slot.clear();
+        drop(devices);
+        drop(tracker);
+        interval = if records > 0 {
+            DRAIN_BUSY
+        } else {
+            (interval * 2).min(DRAIN_IDLE)
+        };
+        thread::park_timeout(interval);
+    }
+}
+
+/// A record from the ring's bytes; `None` for anything else.
+fn decode(bytes: &[u8]) -> Option<Record> {
+    let bytes: &[u8; size_of::<Record>()] = bytes.try_into().ok()?;
+    let long = |at: usize| {
+        let mut word = [0; 8];
+        word.copy_from_slice(&bytes[at..at + 8]);
+        u64::from_ne_bytes(word)
+    };
+    let short = |at: usize| {
+        let mut word = [0; 4];
+        word.copy_from_slice(&bytes[at..at + 4]);
+        u32::from_ne_bytes(word)
+    };
+    Some(Record {
+        period: long(0),
+        first_block: long(8),
+        last_block: long(16),
+        slot: short(24),
+        kind: short(28),
+    })
+}

@@ -1,0 +1,62 @@
+//! Shared memory: BPF maps with `BPF_F_MMAPABLE` as slices of atomic words.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+/// The values of an array map of 64-bit words, shared with the kernel.
+#[derive(Debug)]
+pub struct SharedWords {
+    address: NonNull<AtomicU64>,
+    words: usize,
+}
+
+// SAFETY: the memory is reached only through atomic operations, and it is unmapped by the last owner only.
+unsafe impl Send for SharedWords {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// Maps the first `words` words of the array map `fd` for reading and writing.
+    ///
+    /// # Errors
+    /// What `mmap(2)` says: the map lacks `BPF_F_MMAPABLE`, or is smaller.
+    pub fn map(fd: impl AsFd, words: usize) -> io::Result<Self> {
+        let length = NonZeroUsize::new(words * size_of::<u64>())
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // SAFETY: a new shared mapping at an address that the kernel chooses; nothing else uses it.
+        let address = unsafe {
+            mmap(
+                None,
+                length,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED,
+                fd,
+                0,
+            )?
+        };
+        Ok(Self {
+            address: address.cast(),
+            words,
+        })
+    }
+
+    /// The words.
+    #[must_use]
+    pub fn words(&self) -> &[AtomicU64] {
+        // SAFETY: `map` mapped `words` aligned words at `address`, and they live as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.words) }
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: the mapping of `map`, of the same length, which nobody borrows any more.
+        let unmapped = unsafe { munmap(self.address.cast(), self.words * size_of::<u64>()) };
+        debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
+    }
+}

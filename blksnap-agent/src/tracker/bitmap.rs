@@ -1,0 +1,223 @@
+//! Bitmap: one bit per tracking block and period, written by the programs, mapped here.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+
+use aya::maps::MapData;
+use blksnap_common::track::BITMAP_HEADER_WORDS;
+
+use crate::cbt::CbtMap;
+use crate::sys::mman::SharedWords;
+use crate::units::{BlockSize, Extent, Sectors};
+
+use super::TrackerError;
+
+/// `BPF_MAP_TYPE_ARRAY`.
+const MAP_TYPE_ARRAY: u32 = 2;
+/// `BPF_F_MMAPABLE`.
+const F_MMAPABLE: u32 = 1 << 10;
+/// `BPF_F_INNER_MAP`: inner arrays of one outer map may differ in length.
+const F_INNER_MAP: u32 = 1 << 12;
+
+/// A bitmap that the programs may write to.
+#[derive(Debug)]
+pub(super) struct Bitmap {
+    pub(super) map: MapData,
+    shared: SharedWords,
+}
+
+impl Bitmap {
+    /// A clear bitmap of `blocks` bits for period number `period`.
+    pub(super) fn new(slot: u32, blocks: u64, period: u64) -> Result<Self, TrackerError> {
+        let error = |reason: String| TrackerError::Map {
+            action: "make a bitmap for",
+            slot,
+            reason,
+        };
+        let words = u32::try_from(blocks.div_ceil(64) + u64::from(BITMAP_HEADER_WORDS))
+            .map_err(|_| error(format!("{blocks} blocks are too many")))?;
+        let description =
+            aya_obj::Map::new_from_params(MAP_TYPE_ARRAY, 4, 8, words, F_MMAPABLE | F_INNER_MAP);
+        let map = MapData::create(description, "blksnap_bitmap", None).map_err(|e| error(one_line(&e)))?;
+        let shared = SharedWords::map(map.fd().as_fd(), words as usize).map_err(|e| error(e.to_string()))?;
+        shared.words()[0].store(period, Ordering::Release);
+        Ok(Self { map, shared })
+    }
+
+    /// A copy of the bits.
+    pub(super) fn bits(&self) -> Vec<u64> {
+        self.shared.words()[BITMAP_HEADER_WORDS as usize..]
+            .iter()
+            .map(|word| word.load(Ordering::Acquire))
+            .collect()
+    }
+}
+
+/// An error and its causes in one line.
+pub(super) fn one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text.replace('\n', " ")
+}
+
+/// The blocks written in a closed period.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DirtyBlocks {
+    words: Vec<u64>,
+}
+
+impl DirtyBlocks {
+    /// The blocks whose bit is set: block `b` is bit `b % 64` of word `b / 64`.
+    #[must_use]
+    pub fn new(words: Vec<u64>) -> Self {
+        Self { words }
+    }
+
+    /// Every one of `blocks` blocks.
+    #[must_use]
+    pub fn all(blocks: u64) -> Self {
+        let mut dirty = Self::default();
+        if blocks > 0 {
+            dirty.insert(0, blocks - 1);
+        }
+        dirty
+    }
+
+    /// The bits.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Whether nothing was written.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|word| *word == 0)
+    }
+
+    /// How many blocks were written.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// Adds the blocks `first..=last`.
+    pub fn insert(&mut self, first: u64, last: u64) {
+        let range = blksnap_common::blockrange::BlockRange { first, last };
+        let last_word = usize::try_from(last / 64).expect("block numbers fit the address space");
+        if self.words.len() <= last_word {
+            self.words.resize(last_word + 1, 0);
+        }
+        for (index, word) in self
+            .words
+            .iter_mut()
+            .enumerate()
+            .skip((first / 64) as usize)
+            .take_while(|(i, _)| *i <= last_word)
+        {
+            *word |= blksnap_common::blockrange::word_mask(range, index as u64);
+        }
+    }
+
+    /// Adds the blocks of `other`.
+    pub fn union(&mut self, other: &Self) {
+        if self.words.len() < other.words.len() {
+            self.words.resize(other.words.len(), 0);
+        }
+        for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
+            *mine |= theirs;
+        }
+    }
+
+    /// The blocks as extents in bytes of a device of `capacity`, ascending and merged.
+    pub fn extents(&self, block_size: BlockSize, capacity: Sectors) -> impl Iterator<Item = Extent> + '_ {
+        let mut next = 0_u64;
+        std::iter::from_fn(move || {
+            let first = self.next_block(next, true)?;
+            let end = self
+                .next_block(first, false)
+                .unwrap_or(self.words.len() as u64 * 64);
+            next = end;
+            let offset = first * block_size.bytes();
+            let stop = (end * block_size.bytes()).min(capacity.bytes());
+            (offset < stop).then(|| Extent {
+                offset,
+                length: stop - offset,
+            })
+        })
+    }
+
+    /// The first block from `from` on that is dirty or, with `dirty` false, clean.
+    fn next_block(&self, from: u64, dirty: bool) -> Option<u64> {
+        let mut index = usize::try_from(from / 64).ok()?;
+        let mut mask = u64::MAX << (from % 64);
+        while let Some(&word) = self.words.get(index) {
+            let wanted = if dirty { word } else { !word } & mask;
+            if wanted != 0 {
+                return Some(index as u64 * 64 + u64::from(wanted.trailing_zeros()));
+            }
+            mask = u64::MAX;
+            index += 1;
+        }
+        None
+    }
+
+    /// Marks the blocks in the map.
+    pub(super) fn mark(&self, map: &mut CbtMap) {
+        map.mark_bits(&self.words);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn extents_are_the_dirty_blocks(
+            ranges in proptest::collection::vec((0_u64..700, 0_u64..90), 0..12),
+            sectors in 1_u64..6000,
+        ) {
+            let block_size = BlockSize::from_shift(12).unwrap();
+            let capacity = Sectors::new(sectors);
+            let blocks = block_size.blocks_in(capacity);
+            let mut dirty = DirtyBlocks::default();
+            let mut model = vec![false; usize::try_from(blocks).unwrap()];
+            for (first, length) in ranges {
+                let last = (first + length).min(blocks - 1);
+                if first >= blocks { continue; }
+                dirty.insert(first, last);
+                for b in first..=last { model[b as usize] = true; }
+            }
+            prop_assert_eq!(dirty.count(), model.iter().filter(|b| **b).count() as u64);
+            prop_assert_eq!(dirty.is_empty(), !model.contains(&true));
+            let mut bytes = vec![false; capacity.bytes() as usize / 512];
+            let mut previous_end = None;
+            for extent in dirty.extents(block_size, capacity) {
+                prop_assert!(previous_end.is_none_or(|end| end < extent.offset), "not merged or not ascending");
+                previous_end = Some(extent.end());
+                for sector in extent.offset / 512..extent.end() / 512 { bytes[sector as usize] = true; }
+            }
+            for (sector, marked) in bytes.iter().enumerate() {
+                prop_assert_eq!(*marked, model[sector / 8]);
+            }
+        }
+    }
+
+    #[test]
+    fn all_covers_every_block() {
+        for blocks in [0, 1, 63, 64, 65, 1000] {
+            assert_eq!(DirtyBlocks::all(blocks).count(), blocks);
+        }
+    }
+}

@@ -1,0 +1,449 @@
+//! Tracked device: one slot, its bitmap, its change map.
+//!
+//! # Locking
+//! `state` first, then the tracker's object; nobody holds the object and waits for a device.
+//!
+//! # Why no write is missed
+//! The programs set a bit before the bio goes on to the driver. [`TrackedDevice::close_period`] puts a clear
+//! bitmap in place of the open one; the kernel returns from that only when no program uses the old one, so what
+//! is read from it afterwards is complete: a write is either in the closed bitmap, or in the new one. Ring
+//! records only make the map current in between; a record of a closed period is ignored, since the bitmap had it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use blksnap_common::blockrange::{BlockRange, blocks_of};
+use blksnap_common::track::{OP_KINDS, Record, Slot, SlotState};
+use serde::Serialize;
+
+use super::bitmap::{Bitmap, DirtyBlocks};
+use super::object::RunMisses;
+use super::{Shared, TrackerError, probe};
+use crate::cbt::{CbtMap, MapError, ReadMap, ResetReason, Taken};
+use crate::disk::{BlockDevice, DiskError};
+use crate::units::{BlockSize, Generation, Sectors};
+
+/// What the ledger knows of writes in flight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct LedgerStatus {
+    /// Writes queued and not complete.
+    pub pending: u64,
+    /// Writes, or completions, that could not be followed; counted since the tracker started.
+    pub lost: u64,
+    /// Completions of writes that were queued before the ledger was kept; counted since the attach.
+    pub unknown: u64,
+}
+
+/// Counters of a device since it was attached.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DeviceCounters {
+    /// Operations by [`blksnap_common::track::OpKind`].
+    pub ops: [u64; OP_KINDS],
+    /// Bytes by [`blksnap_common::track::OpKind`].
+    pub bytes: [u64; OP_KINDS],
+    /// Ring records written.
+    pub records: u64,
+    /// Records that found the ring full; the bitmap had their blocks.
+    pub ring_full: u64,
+    /// Events that a tracking program was skipped for, over all devices since the tracker started.
+    pub run_misses: u64,
+    /// Blocks changed in the open period.
+    pub dirty_blocks: u64,
+    /// Generations that began, by reason.
+    pub resets: BTreeMap<ResetReason, u64>,
+}
+
+/// A device that is tracked.
+#[derive(Debug)]
+pub struct TrackedDevice {
+    device: BlockDevice,
+    block_size: BlockSize,
+    slot: Slot,
+    shared: Arc<Shared>,
+    state: Mutex<State>,
+    detached: AtomicBool,
+    /// Holders of the ledger.
+    ledger: Mutex<u32>,
+    ring_full_seen: AtomicU64,
+    /// Values of the slot's state when it was attached: slots are used again.
+    at_attach: SlotState,
+}
+
+#[derive(Debug)]
+struct State {
+    map: CbtMap,
+    bitmap: Bitmap,
+    period: u64,
+    /// Whole-device operations and errors handled so far.
+    whole_device: u64,
+    errors: u64,
+    /// Skipped runs of the steady programs when this generation began.
+    run_misses: u64,
+    resets: BTreeMap<ResetReason, u64>,
+}
+
+impl TrackedDevice {
+    pub(super) fn attach(
+        shared: &Arc<Shared>,
+        device: BlockDevice,
+        block_size: BlockSize,
+        began: ResetReason,
+    ) -> Result<Self, TrackerError> {
+        let blocks = block_size.blocks_in(device.capacity);
+        let too_many = |_: MapError| TrackerError::TooManyBlocks {
+            device: device.path.display().to_string(),
+            block_size: block_size.bytes(),
+            blocks,
+        };
+        let map = CbtMap::begin(
+            Generation::new(uuid::Uuid::new_v4()),
+            began,
+            block_size,
+            device.capacity,
+        )
+        .map_err(too_many)?;
+        let disk = device.disk_id.kernel_dev();
+        let kind = probe::disk_kind(&device);
+        let mut object = shared.object();
+        let id = object.reserve(disk, &device.path.display().to_string())?;
+        let started = (|| {
+            let bitmap = Bitmap::new(id, blocks, 1)?;
+            let slot = Slot {
+                first_sector: device.first_sector.count(),
+                end_sector: device.first_sector.count() + device.capacity.count(),
+                id,
+                block_shift: block_size.sector_shift(),
+                flags: 0,
+                reserved: 0,
+            };
+            let at_attach = shared.slot_state(id);
+            let run_misses = object.run_misses()?.steady;
+            object.insert(disk, slot, kind, &bitmap)?;
+            Ok((slot, bitmap, at_attach, run_misses))
+        })();
+        let (slot, bitmap, at_attach, run_misses) =
+            started.inspect_err(|_: &TrackerError| object.release(id))?;
+        drop(object);
+        let tracked = Self {
+            device,
+            block_size,
+            slot,
+            shared: Arc::clone(shared),
+            state: Mutex::new(State {
+                map,
+                bitmap,
+                period: 1,
+                whole_device: at_attach.whole_device,
+                errors: at_attach.errors,
+                run_misses,
+                resets: BTreeMap::from([(began, 1)]),
+            }),
+            detached: AtomicBool::new(false),
+            ledger: Mutex::new(0),
+            ring_full_seen: AtomicU64::new(at_attach.ring_full),
+            at_attach,
+        };
+        match tracked.hook_is_alive() {
+            Ok(true) => Ok(tracked),
+            Ok(false) => {
+                tracked.detach()?;
+                Err(TrackerError::HookDead(tracked.device.path.display().to_string()))
+            }
+            Err(error) => {
+                tracked.detach()?;
+                Err(error)
+            }
+        }
+    }
+
+    /// The device as it was when it was attached.
+    #[must_use]
+    pub fn device(&self) -> &BlockDevice {
+        &self.device
+    }
+
+    /// Size of a tracking block.
+    #[must_use]
+    pub fn block_size(&self) -> BlockSize {
+        self.block_size
+    }
+
+    /// Closes the bitmap's period: what was written in it goes into the change map, under the number of the
+    /// open snapshot period, and comes back as a set of blocks.
+    ///
+    /// # Errors
+    /// The device was detached, or the kernel has no memory for a new bitmap. The period stays open then.
+    pub fn close_period(&self) -> Result<DirtyBlocks, TrackerError> {
+        let mut state = self.state();
+        self.close(&mut state)
+    }
+
+    fn close(&self, state: &mut State) -> Result<DirtyBlocks, TrackerError> {
+        if self.detached.load(Ordering::Acquire) {
+            return Err(TrackerError::NotAttached(self.device.id));
+        }
+        let blocks = self.block_size.blocks_in(self.device.capacity);
+        let next = Bitmap::new(self.slot.id, blocks, state.period + 1)?;
+        self.shared.object().swap_bitmap(self.slot.id, &next)?;
+        let closed = std::mem::replace(&mut state.bitmap, next);
+        state.period += 1;
+        let mut dirty = DirtyBlocks::new(closed.bits());
+        let seen = self.shared.slot_state(self.slot.id);
+        if seen.whole_device != state.whole_device {
+            state.whole_device = seen.whole_device;
+            dirty = DirtyBlocks::all(blocks);
+        }
+        if seen.errors != state.errors {
+            state.errors = seen.errors;
+            state.map.corrupt(ResetReason::MapError);
+        }
+        dirty.mark(&mut state.map);
+        Ok(dirty)
+    }
+
+    /// Ends the snapshot period of the change map. The caller has closed the bitmap's period at the instant, and
+    /// keeps writers away or proves that there were none.
+    ///
+    /// # Errors
+    /// The map can't be made anew for the device's capacity.
+    pub fn take(&self) -> Result<(Taken, Option<Arc<ReadMap>>), TrackerError> {
+        let misses = self.shared.object().run_misses()?;
+        let mut state = self.state();
+        let taken = state
+            .map
+            .take(Generation::new(uuid::Uuid::new_v4()), self.device.capacity)
+            .map_err(|e| TrackerError::Map {
+                action: "take the map of",
+                slot: self.slot.id,
+                reason: e.to_string(),
+            })?;
+        if let Some(reason) = taken.reset {
+            tracing::warn!(device = %self.device.path.display(), reason = reason.code(), "the change map started over");
+            *state.resets.entry(reason).or_default() += 1;
+            state.run_misses = misses.steady;
+        }
+        Ok((taken, state.map.read_map()))
+    }
+
+    /// Runs `f` on the change map. Keep it short: the tracker's thread waits.
+    pub fn with_map<T>(&self, f: impl FnOnce(&mut CbtMap) -> T) -> T {
+        f(&mut self.state().map)
+    }
+
+    /// From here on writes are marked again when they complete. Calls nest.
+    ///
+    /// # Errors
+    /// The kernel refuses the program or the change of the map.
+    pub fn start_ledger(&self) -> Result<(), TrackerError> {
+        let mut holders = self.holders();
+        if *holders == 0 {
+            self.shared
+                .object()
+                .set_ledger(self.device.disk_id.kernel_dev(), self.slot.id, true)?;
+        }
+        *holders += 1;
+        Ok(())
+    }
+
+    /// Ends what [`Self::start_ledger`] started. Writes that are still in flight are marked now: they may land
+    /// after an instant that was taken before.
+    ///
+    /// # Errors
+    /// The kernel refuses; the map is corrupted then.
+    pub fn stop_ledger(&self) -> Result<(), TrackerError> {
+        let mut holders = self.holders();
+        *holders = holders.saturating_sub(1);
+        if *holders > 0 {
+            return Ok(());
+        }
+        let mut state = self.state();
+        let stopped = self.end_ledger(&mut state);
+        if stopped.is_err() {
+            state.map.corrupt(ResetReason::MapError);
+        }
+        stopped
+    }
+
+    fn end_ledger(&self, state: &mut State) -> Result<(), TrackerError> {
+        let disk = self.device.disk_id.kernel_dev();
+        let mut object = self.shared.object();
+        object.set_ledger(disk, self.slot.id, false)?;
+        for (sector, sectors) in object.in_flight(disk)? {
+            if let Some(BlockRange { first, last }) = blocks_of(&self.slot, sector, sectors) {
+                state.map.mark_blocks(first, last);
+            }
+        }
+        object.drop_ledger_if_unused()
+    }
+
+    /// What the ledger knows now.
+    ///
+    /// # Errors
+    /// The maps can't be read.
+    pub fn ledger_status(&self) -> Result<LedgerStatus, TrackerError> {
+        let (misses, in_flight) = {
+            let mut object = self.shared.object();
+            (
+                object.run_misses()?,
+                object.in_flight(self.device.disk_id.kernel_dev())?,
+            )
+        };
+        let seen = self.shared.slot_state(self.slot.id);
+        let pending = in_flight
+            .iter()
+            .filter(|(s, n)| blocks_of(&self.slot, *s, *n).is_some())
+            .count();
+        Ok(LedgerStatus {
+            pending: pending as u64,
+            lost: seen.ledger_lost + misses.total(),
+            unknown: seen.unknown_completions - self.at_attach.unknown_completions,
+        })
+    }
+
+    /// Looks for reasons to doubt that the map is complete. A reason found ends the generation at the next take,
+    /// and is given.
+    pub fn check_doubt(&self) -> Option<ResetReason> {
+        let misses = self.shared.object().run_misses();
+        let mut state = self.state();
+        let found = self.doubt(&state, misses);
+        if let Some(reason) = found
+            && state.map.corrupted().is_none()
+        {
+            tracing::error!(device = %self.device.path.display(), reason = reason.code(),
+                "the change map may miss writes: the next backup must be a full one");
+            state.map.corrupt(reason);
+        }
+        state.map.corrupted()
+    }
+
+    fn doubt(&self, state: &State, misses: Result<RunMisses, TrackerError>) -> Option<ResetReason> {
+        match self.device.capacity_now() {
+            Ok(capacity) if capacity != self.device.capacity => return Some(ResetReason::Resized),
+            Ok(_) => {}
+            Err(DiskError::Replaced { .. }) => return Some(ResetReason::DeviceReplaced),
+            Err(error) => {
+                tracing::debug!(%error, "device gone");
+                return Some(ResetReason::DeviceReplaced);
+            }
+        }
+        match misses {
+            Ok(misses) if misses.steady == state.run_misses => {}
+            Ok(_) => return Some(ResetReason::RunMissed),
+            Err(error) => {
+                tracing::warn!(%error, "can't tell whether the kernel skipped a tracking program");
+                return Some(ResetReason::RunMissed);
+            }
+        }
+        (self.shared.slot_state(self.slot.id).errors != state.errors).then_some(ResetReason::MapError)
+    }
+
+    /// Declares that the map may miss changes.
+    pub fn corrupt(&self, reason: ResetReason) {
+        self.state().map.corrupt(reason);
+    }
+
+    /// Capacity that the kernel reports now.
+    ///
+    /// # Errors
+    /// The device is gone or another one.
+    pub fn capacity_now(&self) -> Result<Sectors, DiskError> {
+        self.device.capacity_now()
+    }
+
+    /// The counters.
+    ///
+    /// # Errors
+    /// The maps can't be read.
+    pub fn counters(&self) -> Result<DeviceCounters, TrackerError> {
+        let (counters, misses) = {
+            let mut object = self.shared.object();
+            (object.counters(self.slot.id)?, object.run_misses()?)
+        };
+        let ring_full = self.shared.slot_state(self.slot.id).ring_full - self.at_attach.ring_full;
+        let state = self.state();
+        Ok(DeviceCounters {
+            ops: std::array::from_fn(|kind| counters.ops[kind]),
+            bytes: std::array::from_fn(|kind| counters.bytes[kind]),
+            records: counters.records,
+            ring_full,
+            run_misses: misses.steady,
+            dirty_blocks: state.map.dirty_blocks(),
+            resets: state.resets.clone(),
+        })
+    }
+
+    /// Reads the device past the page cache and looks whether the programs saw it.
+    pub(super) fn hook_is_alive(&self) -> Result<bool, TrackerError> {
+        let disk = self.device.disk_id.kernel_dev();
+        let before = self.shared.object().reads(disk)?;
+        probe::direct_read(&self.device).map_err(|source| TrackerError::Io {
+            action: format!(
+                "read {} directly for the self test",
+                self.device.disk_path.display()
+            ),
+            source,
+        })?;
+        Ok(self.shared.object().reads(disk)? > before)
+    }
+
+    /// A record from the ring.
+    pub(super) fn apply(&self, record: &Record) {
+        let mut state = self.state();
+        if record.period == state.period && !self.detached.load(Ordering::Acquire) {
+            state.map.mark_blocks(record.first_block, record.last_block);
+        }
+    }
+
+    /// Reads the open bitmap if records were lost to a full ring.
+    pub(super) fn catch_up(&self) {
+        let ring_full = self.shared.slot_state(self.slot.id).ring_full;
+        if self.ring_full_seen.swap(ring_full, Ordering::AcqRel) != ring_full {
+            let mut state = self.state();
+            let bits = state.bitmap.bits();
+            state.map.mark_bits(&bits);
+        }
+    }
+
+    pub(super) fn slot_id(&self) -> u32 {
+        self.slot.id
+    }
+
+    /// Stops tracking; the object stays readable for who holds it, and its map is closed.
+    pub(super) fn detach(&self) -> Result<(), TrackerError> {
+        if self.detached.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let disk = self.device.disk_id.kernel_dev();
+        {
+            let mut state = self.state();
+            state.map.corrupt(ResetReason::Requested);
+        }
+        let placeholder = Bitmap::new(self.slot.id, 1, 0)?;
+        let mut object = self.shared.object();
+        object.remove(disk, self.slot.id)?;
+        object.drop_ledger_if_unused()?;
+        object.swap_bitmap(self.slot.id, &placeholder)?;
+        object.release(self.slot.id);
+        Ok(())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn holders(&self) -> MutexGuard<'_, u32> {
+        self.ledger
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Where the device was attached from.
+    #[must_use]
+    pub fn path(&self) -> &PathBuf {
+        &self.device.path
+    }
+}

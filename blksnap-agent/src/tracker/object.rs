@@ -1,0 +1,384 @@
+//! Object: the eBPF programs and maps as loaded, and the table of slots.
+//!
+//! Everything here happens under one lock of the tracker. Replacing an element of `DISKS` or `BITMAPS` waits
+//! for running programs (`maybe_wait_bpf_programs` in `kernel/bpf/syscall.c`), so when a call returns, no
+//! program uses the old value any more.
+
+use std::collections::HashMap as StdHashMap;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+use aya::maps::{Array, ArrayOfMaps, HashMap, HashOfMaps, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
+use aya::programs::BtfTracePoint;
+use aya::programs::tp_btf::BtfTracePointLinkId;
+use aya::{Btf, Ebpf, EbpfLoader};
+use blksnap_common::track::{
+    DISK_LEDGER, DISK_REQUESTS, DiskSlots, LedgerEntry, MAX_DISKS, MAX_SLOTS, SLOT_LEDGER, SLOTS_PER_DISK,
+    Slot, SlotCounters, SlotState,
+};
+
+use super::TrackerError;
+use super::bitmap::{Bitmap, one_line};
+use super::btf::KernelBtf;
+use super::layout::Layout;
+use super::probe::DiskKind;
+use crate::sys::mman::SharedWords;
+
+/// The compiled programs.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/blksnap"));
+
+/// Programs attached for as long as the tracker lives.
+const STEADY: [&str; 2] = ["block_bio_queue", "block_bio_remap"];
+/// Programs attached while a ledger is kept.
+const COMPLETE: [&str; 2] = ["block_rq_complete", "block_bio_complete"];
+
+/// What a fresh load hands to others.
+pub(super) struct Loaded {
+    pub(super) object: Object,
+    pub(super) ring: RingBuf<MapData>,
+    pub(super) state: SharedWords,
+    pub(super) logger: Option<aya_log::EbpfLogger<&'static dyn log::Log>>,
+}
+
+/// Events that programs were skipped for since they were loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct RunMisses {
+    /// Of the programs that see writes begin: a write may be missing from the bitmap.
+    pub(super) steady: u64,
+    /// Of those that see them end: a write in the ledger may never leave it.
+    pub(super) complete: u64,
+}
+
+impl RunMisses {
+    pub(super) fn total(self) -> u64 {
+        self.steady + self.complete
+    }
+}
+
+/// Programs, maps and slots.
+pub(super) struct Object {
+    ebpf: Ebpf,
+    disks: HashOfMaps<MapData, u32, Array<MapData, DiskSlots>>,
+    bitmaps: ArrayOfMaps<MapData, MapData>,
+    counters: PerCpuArray<MapData, SlotCounters>,
+    ledger: HashMap<MapData, u64, LedgerEntry>,
+    /// What `DISKS` holds.
+    table: StdHashMap<u32, DiskSlots>,
+    used: [bool; MAX_SLOTS as usize],
+    complete: Vec<(&'static str, BtfTracePointLinkId)>,
+}
+
+impl Object {
+    /// Loads programs and maps and attaches the steady programs; nothing is tracked yet.
+    pub(super) fn load(
+        ring_bytes: u32,
+        btf: &Path,
+        adjust: impl FnOnce(&mut Layout),
+    ) -> Result<Loaded, TrackerError> {
+        if !ring_bytes.is_power_of_two() || ring_bytes < 4096 {
+            return Err(TrackerError::RingSize(ring_bytes));
+        }
+        let load = |error: &dyn std::error::Error| TrackerError::Load(verdict(&one_line(error)));
+        let kernel = KernelBtf::read(btf)?;
+        let mut layout = Layout::of(&kernel)?;
+        drop(kernel);
+        adjust(&mut layout);
+        let mut loader = EbpfLoader::new();
+        layout.apply(&mut loader);
+        loader.map_max_entries("EVENTS", ring_bytes);
+        let mut ebpf = loader.load(OBJECT).map_err(|e| load(&e))?;
+        let aya_btf = Btf::from_sys_fs().map_err(|e| load(&e))?;
+        for name in STEADY.into_iter().chain(COMPLETE) {
+            program(&mut ebpf, name)?
+                .load(name, &aya_btf)
+                .map_err(|e| load(&e))?;
+        }
+        let logger = aya_log::EbpfLogger::init(&mut ebpf)
+            .inspect_err(|error| tracing::warn!(%error, "messages of the tracking programs are not shown"))
+            .ok();
+        let mut take = |name: &str| {
+            ebpf.take_map(name)
+                .ok_or_else(|| TrackerError::Load(format!("the object has no map {name}")))
+        };
+        let state_map = take("STATE")?;
+        let Map::Array(data) = &state_map else {
+            return Err(TrackerError::Load("map STATE is no array".to_owned()));
+        };
+        let state = SharedWords::map(data.fd().as_fd(), MAX_SLOTS as usize * size_of::<SlotState>() / 8)
+            .map_err(|e| load(&e))?;
+        let ring = RingBuf::try_from(take("EVENTS")?).map_err(|e| load(&e))?;
+        let disks = HashOfMaps::try_from(take("DISKS")?).map_err(|e| load(&e))?;
+        let bitmaps = ArrayOfMaps::try_from(take("BITMAPS")?).map_err(|e| load(&e))?;
+        let counters = PerCpuArray::try_from(take("COUNTERS")?).map_err(|e| load(&e))?;
+        let ledger = HashMap::try_from(take("LEDGER")?).map_err(|e| load(&e))?;
+        for name in STEADY {
+            program(&mut ebpf, name)?.attach().map_err(|e| load(&e))?;
+        }
+        let object = Self {
+            ebpf,
+            disks,
+            bitmaps,
+            counters,
+            ledger,
+            table: StdHashMap::new(),
+            used: [false; MAX_SLOTS as usize],
+            complete: Vec::new(),
+        };
+        Ok(Loaded {
+            object,
+            ring,
+            state,
+            logger,
+        })
+    }
+
+    /// Reserves a slot on `disk`; nothing is tracked before [`Self::insert`].
+    pub(super) fn reserve(&mut self, disk: u32, device: &str) -> Result<u32, TrackerError> {
+        let full = |limit, what| TrackerError::Full {
+            device: device.to_owned(),
+            limit,
+            what,
+        };
+        match self.table.get(&disk) {
+            Some(slots) if slots.count as usize == SLOTS_PER_DISK => {
+                return Err(full(SLOTS_PER_DISK as u32, "ranges of its disk"));
+            }
+            None if self.table.len() == MAX_DISKS as usize => return Err(full(MAX_DISKS, "disks")),
+            _ => {}
+        }
+        let free = self
+            .used
+            .iter()
+            .position(|used| !used)
+            .ok_or_else(|| full(MAX_SLOTS, "devices"))?;
+        self.used[free] = true;
+        Ok(free as u32)
+    }
+
+    /// Gives back a slot that no disk has.
+    pub(super) fn release(&mut self, slot: u32) {
+        self.used[slot as usize] = false;
+    }
+
+    /// Starts tracking: the bitmap first, then the disk's entry.
+    pub(super) fn insert(
+        &mut self,
+        disk: u32,
+        slot: Slot,
+        kind: DiskKind,
+        bitmap: &Bitmap,
+    ) -> Result<(), TrackerError> {
+        let cpus = aya::util::nr_cpus().map_err(|(_, e)| TrackerError::Load(e.to_string()))?;
+        let zero = PerCpuValues::try_from(vec![SlotCounters::default(); cpus])
+            .map_err(|e| map_error("clear the counters of", slot.id, &e))?;
+        self.counters
+            .set(slot.id, zero, 0)
+            .map_err(|e| map_error("clear the counters of", slot.id, &e))?;
+        self.swap_bitmap(slot.id, bitmap)?;
+        let mut slots = self.table.get(&disk).copied().unwrap_or(DiskSlots::EMPTY);
+        slots.zone_sectors = kind.zone_sectors;
+        slots.flags = slots.flags & !DISK_REQUESTS | if kind.requests { DISK_REQUESTS } else { 0 };
+        slots.slots[slots.count as usize] = slot;
+        slots.count += 1;
+        self.set_disk(disk, slot.id, slots)
+    }
+
+    /// Ends tracking of the slot; the caller closes its period after that, then releases it.
+    pub(super) fn remove(&mut self, disk: u32, slot: u32) -> Result<(), TrackerError> {
+        let Some(mut slots) = self.table.get(&disk).copied() else {
+            return Ok(());
+        };
+        let count = slots.count as usize;
+        let Some(at) = slots.slots[..count].iter().position(|s| s.id == slot) else {
+            return Ok(());
+        };
+        slots.slots.copy_within(at + 1..count, at);
+        slots.slots[count - 1] = Slot::default();
+        slots.count -= 1;
+        self.set_disk(disk, slot, slots)
+    }
+
+    /// Opens a new period of the slot; the old bitmap is final when this returns.
+    pub(super) fn swap_bitmap(&mut self, slot: u32, bitmap: &Bitmap) -> Result<(), TrackerError> {
+        self.bitmaps
+            .set(slot, &bitmap.map, 0)
+            .map_err(|e| map_error("open a period of", slot, &e))
+    }
+
+    /// Switches the ledger of a slot. The programs that see completions are attached before the first write is
+    /// entered.
+    pub(super) fn set_ledger(&mut self, disk: u32, slot: u32, on: bool) -> Result<(), TrackerError> {
+        if on && self.complete.is_empty() {
+            for name in COMPLETE {
+                let id = program(&mut self.ebpf, name)?
+                    .attach()
+                    .map_err(|e| TrackerError::Load(one_line(&e)))?;
+                self.complete.push((name, id));
+            }
+        }
+        if let Some(mut slots) = self.table.get(&disk).copied() {
+            for entry in &mut slots.slots[..slots.count as usize] {
+                if entry.id == slot {
+                    entry.flags = if on {
+                        entry.flags | SLOT_LEDGER
+                    } else {
+                        entry.flags & !SLOT_LEDGER
+                    };
+                }
+            }
+            self.set_disk(disk, slot, slots)?;
+        }
+        Ok(())
+    }
+
+    /// Detaches the programs that see completions, and empties the ledger, once no slot keeps it. The caller
+    /// has marked what was still in flight.
+    pub(super) fn drop_ledger_if_unused(&mut self) -> Result<(), TrackerError> {
+        let kept = self.table.values().any(|disk| disk.flags & DISK_LEDGER != 0);
+        if kept {
+            return Ok(());
+        }
+        for (name, id) in self.complete.drain(..) {
+            program(&mut self.ebpf, name)?
+                .detach(id)
+                .map_err(|e| TrackerError::Load(one_line(&e)))?;
+        }
+        let keys: Vec<u64> = self.ledger.keys().filter_map(Result::ok).collect();
+        for key in keys {
+            // A key that is gone was removed by the write's completion.
+            let _ = self.ledger.remove(&key);
+        }
+        Ok(())
+    }
+
+    /// The writes in flight that the ledger knows on `disk`, as sector ranges.
+    pub(super) fn in_flight(&self, disk: u32) -> Result<Vec<(u64, u64)>, TrackerError> {
+        let mut found = Vec::new();
+        for key in self.ledger.keys() {
+            let key = key.map_err(|e| TrackerError::Load(one_line(&e)))?;
+            let Ok(entry) = self.ledger.get(&key, 0) else {
+                continue;
+            };
+            for range in entry
+                .ranges
+                .iter()
+                .filter(|range| range.disk == disk && range.sectors > 0)
+            {
+                found.push((range.sector, u64::from(range.sectors)));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The slot's counters, summed over the processors.
+    pub(super) fn counters(&self, slot: u32) -> Result<SlotCounters, TrackerError> {
+        let mut sum = SlotCounters::default();
+        let per_cpu = self
+            .counters
+            .get(&slot, 0)
+            .map_err(|e| map_error("read the counters of", slot, &e))?;
+        for cpu in per_cpu.iter() {
+            for (total, part) in sum.ops.iter_mut().zip(cpu.ops) {
+                *total += part;
+            }
+            for (total, part) in sum.bytes.iter_mut().zip(cpu.bytes) {
+                *total += part;
+            }
+            sum.reads += cpu.reads;
+            sum.records += cpu.records;
+        }
+        Ok(sum)
+    }
+
+    /// Reads seen on `disk`.
+    pub(super) fn reads(&self, disk: u32) -> Result<u64, TrackerError> {
+        let Some(slots) = self.table.get(&disk) else {
+            return Ok(0);
+        };
+        slots.slots[..slots.count as usize]
+            .iter()
+            .map(|slot| Ok(self.counters(slot.id)?.reads))
+            .sum()
+    }
+
+    /// Events that the programs were skipped for: `recursion_misses` of their fdinfo (`bpf_prog_show_fdinfo` in
+    /// `kernel/bpf/syscall.c`).
+    pub(super) fn run_misses(&mut self) -> Result<RunMisses, TrackerError> {
+        let mut misses = RunMisses::default();
+        for name in STEADY {
+            misses.steady += recursion_misses(&mut self.ebpf, name)?;
+        }
+        for name in COMPLETE {
+            misses.complete += recursion_misses(&mut self.ebpf, name)?;
+        }
+        Ok(misses)
+    }
+
+    fn set_disk(&mut self, disk: u32, slot: u32, mut slots: DiskSlots) -> Result<(), TrackerError> {
+        let action = "update the disk of";
+        if slots.count == 0 {
+            self.disks
+                .remove(&disk)
+                .map_err(|e| map_error(action, slot, &e))?;
+            self.table.remove(&disk);
+            return Ok(());
+        }
+        let kept = slots.slots[..slots.count as usize]
+            .iter()
+            .any(|entry| entry.flags & SLOT_LEDGER != 0);
+        slots.flags = if kept {
+            slots.flags | DISK_LEDGER
+        } else {
+            slots.flags & !DISK_LEDGER
+        };
+        let mut inner = Array::<MapData, DiskSlots>::create(1, 0).map_err(|e| map_error(action, slot, &e))?;
+        inner.set(0, slots, 0).map_err(|e| map_error(action, slot, &e))?;
+        self.disks
+            .insert(disk, &inner, 0)
+            .map_err(|e| map_error(action, slot, &e))?;
+        self.table.insert(disk, slots);
+        Ok(())
+    }
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, TrackerError> {
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| TrackerError::Load(format!("the object has no program {name}")))?;
+    program.try_into().map_err(|e| TrackerError::Load(one_line(&e)))
+}
+
+/// The end of a message: the kernel's verifier says last what it refused, after pages of how it got there.
+fn verdict(message: &str) -> String {
+    const MOST: usize = 400;
+    match message.char_indices().rev().nth(MOST) {
+        Some((cut, _)) => {
+            tracing::debug!(message, "the kernel refused the programs");
+            format!("…{}", &message[cut..])
+        }
+        None => message.to_owned(),
+    }
+}
+
+fn map_error(action: &'static str, slot: u32, error: &dyn std::error::Error) -> TrackerError {
+    TrackerError::Map {
+        action,
+        slot,
+        reason: one_line(error),
+    }
+}
+
+fn recursion_misses(ebpf: &mut Ebpf, name: &str) -> Result<u64, TrackerError> {
+    let fd = program(ebpf, name)?
+        .fd()
+        .map_err(|e| TrackerError::Load(one_line(&e)))?;
+    let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
+    let text = std::fs::read_to_string(&path).map_err(|source| TrackerError::Io {
+        action: format!("read {path}"),
+        source,
+    })?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("recursion_misses:"))
+        .and_then(|value| value.trim().parse().ok())
+        .ok_or_else(|| TrackerError::Load(format!("{path} does not show recursion_misses")))
+}

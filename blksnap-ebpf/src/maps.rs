@@ -1,0 +1,44 @@
+//! Maps: all state of the programs. Their layout is `blksnap_common::track`.
+
+use aya_ebpf::bindings::{BPF_F_INNER_MAP, BPF_F_MMAPABLE};
+use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, HashOfMaps, PerCpuArray, RingBuf};
+use aya_ebpf::macros::btf_map;
+use blksnap_common::track::{
+    DiskSlots, LEDGER_ENTRIES, LedgerEntry, MAX_DISKS, MAX_SLOTS, RING_BYTES, Record, SlotCounters, SlotState,
+};
+
+/// A bitmap: as many words as the device needs, mapped by the agent.
+pub(crate) type Bitmap = Array<u64, 1, { (BPF_F_INNER_MAP | BPF_F_MMAPABLE) as usize }>;
+
+/// The slots of each tracked disk. A map in a map, since replacing an element of one waits for running
+/// programs: none sees half a change.
+#[btf_map]
+static DISKS: HashOfMaps<u32, Array<DiskSlots, 1>, { MAX_DISKS as usize }> = HashOfMaps::new();
+
+/// The slots of `disk`, if it has any.
+#[inline(always)]
+pub(crate) fn slots_of(disk: u32) -> Option<&'static DiskSlots> {
+    // SAFETY: the inner array is never changed once it is in the outer map; it is replaced as a whole, and the
+    // kernel frees it after the running programs have ended.
+    unsafe { DISKS.get_value(&disk, &0) }
+}
+
+/// The bitmap of each slot's open period.
+#[btf_map]
+pub(crate) static BITMAPS: ArrayOfMaps<Bitmap, { MAX_SLOTS as usize }> = ArrayOfMaps::new();
+
+/// Rare events of each slot.
+#[btf_map]
+pub(crate) static STATE: Array<SlotState, { MAX_SLOTS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Counters of each slot.
+#[btf_map]
+pub(crate) static COUNTERS: PerCpuArray<SlotCounters, { MAX_SLOTS as usize }> = PerCpuArray::new();
+
+/// Writes in flight, by the address of their bio.
+#[btf_map]
+pub(crate) static LEDGER: HashMap<u64, LedgerEntry, { LEDGER_ENTRIES as usize }> = HashMap::new();
+
+/// Records of newly dirty blocks.
+#[btf_map]
+pub(crate) static EVENTS: RingBuf<Record, { RING_BYTES as usize }> = RingBuf::new();

@@ -1,0 +1,308 @@
+//! Mark: from a bio to bits in the bitmaps of the slots that it touches.
+
+use core::ffi::c_void;
+use core::ptr::addr_of_mut;
+
+use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
+use aya_ebpf::helpers::bpf_loop;
+use aya_ebpf::programs::BtfTracePointContext;
+use aya_log_ebpf::error;
+use blksnap_common::blockrange::{BlockRange, blocks_of, classify, word_mask};
+use blksnap_common::track::{
+    BITMAP_HEADER_WORDS, DiskSlots, KIND_ENTRIES, OpKind, Record, SLOT_LEDGER, SLOTS_PER_DISK, Slot,
+    SlotState,
+};
+
+use crate::layout::Bio;
+use crate::maps::{BITMAPS, COUNTERS, EVENTS, STATE, slots_of};
+use crate::{atomic, ledger};
+
+/// Bitmap words handled without a call: a bio of 1 MiB touches at most two at the default block size.
+const INLINE_WORDS: u64 = 3;
+
+/// Upper bound of words of one bio: less than 4 GiB in blocks of 4 KiB, 64 to a word, and one for the start.
+const MAX_WORDS: u32 = (1 << 14) + 1;
+
+/// A bio was submitted, or redirected to a lower disk (`remapped`).
+#[inline(always)]
+pub(crate) fn submitted(ctx: &BtfTracePointContext, bio: &Bio, remapped: bool) {
+    let disk = bio.disk();
+    let Some(slots) = slots_of(disk) else {
+        return;
+    };
+    let Some(kind) = classify(bio.opf()) else {
+        read(slots);
+        return;
+    };
+    let (sector, sectors) = match extent(slots, bio, kind) {
+        Some(extent) => extent,
+        None => {
+            whole_device(slots);
+            return;
+        }
+    };
+    if sectors == 0 {
+        ledger::enter_empty(slots, bio, disk);
+        return;
+    }
+    let mut marking = Marking {
+        sector,
+        sectors,
+        disk,
+        kind: kind as u32,
+        flags: 0,
+        missing: 0,
+    };
+    mark(slots, &mut marking);
+    if marking.missing != 0 {
+        error!(
+            ctx,
+            "disk {}: {} slots lack a bitmap word", marking.disk, marking.missing
+        );
+    }
+    if marking.flags & SLOT_LEDGER != 0 {
+        ledger::enter(bio, disk, sector, sectors, remapped);
+    }
+}
+
+/// The sectors that the bio changes; `None` if that is the whole device.
+#[inline(always)]
+fn extent(slots: &DiskSlots, bio: &Bio, kind: OpKind) -> Option<(u64, u64)> {
+    let sector = bio.sector();
+    let sectors = u64::from(bio.size() >> 9);
+    match kind {
+        OpKind::Zone => {
+            // Append, reset and finish name the zone by its first sector; "reset all" names sector 0.
+            let zone = u64::from(slots.zone_sectors);
+            if zone == 0 || (sector == 0 && sectors == 0) {
+                return None;
+            }
+            Some((sector & !(zone - 1), zone))
+        }
+        _ => Some((sector, sectors)),
+    }
+}
+
+/// Kind of a write that is marked for the second time: neither counted nor recorded.
+pub(crate) const AGAIN: u32 = u32::MAX;
+
+/// A range of a disk to mark, and what came of it.
+#[repr(C)]
+pub(crate) struct Marking {
+    /// First sector.
+    pub(crate) sector: u64,
+    /// Sectors.
+    pub(crate) sectors: u64,
+    /// The disk.
+    pub(crate) disk: u32,
+    /// [`OpKind`] as a number, or [`AGAIN`].
+    pub(crate) kind: u32,
+    /// Flags of the slots that the range touches, or-ed.
+    pub(crate) flags: u32,
+    /// How many slots lack a bitmap word.
+    pub(crate) missing: u32,
+}
+
+/// Marks the range in every slot of the disk that it touches. Most disks have one slot, which needs no loop.
+#[inline(always)]
+pub(crate) fn mark(slots: &DiskSlots, marking: &mut Marking) {
+    mark_slot(&slots.slots[0], marking);
+    if slots.count > 1 {
+        // SAFETY: the callback has the signature that the helper expects, the context outlives the call.
+        unsafe {
+            bpf_loop(
+                SLOTS_PER_DISK as u32 - 1,
+                mark_other as *mut c_void,
+                core::ptr::from_mut(marking).cast(),
+                0,
+            );
+        }
+    }
+}
+
+/// Callback of `bpf_loop`: the slots after the first one; 1 ends the loop. The verifier wants it static: no
+/// exported symbol.
+extern "C" fn mark_other(index: u64, marking: *mut Marking) -> i64 {
+    // SAFETY: `marking` is the context that `mark` passed.
+    let marking = unsafe { &mut *marking };
+    let Some(slots) = slots_of(marking.disk) else {
+        return 1;
+    };
+    let index = (index as usize + 1) & (SLOTS_PER_DISK - 1);
+    if index as u32 >= slots.count {
+        return 1;
+    }
+    mark_slot(&slots.slots[index], marking);
+    0
+}
+
+#[inline(always)]
+fn mark_slot(slot: &Slot, marking: &mut Marking) {
+    let Some(range) = blocks_of(slot, marking.sector, marking.sectors) else {
+        return;
+    };
+    marking.flags |= slot.flags;
+    let Ok(newly_dirty) = set_bits(slot, range) else {
+        marking.missing += 1;
+        bump(slot.id, |state| unsafe { addr_of_mut!((*state).errors) });
+        return;
+    };
+    // SAFETY: a plain read; volatile, so that the mask below is not optimized away.
+    let kind = unsafe { core::ptr::read_volatile(&marking.kind) };
+    if kind == AGAIN {
+        return;
+    }
+    let recorded = newly_dirty && record(slot, range, kind);
+    if let Some(counters) = COUNTERS.get_ptr_mut(slot.id) {
+        let kind = kind as usize & (KIND_ENTRIES - 1);
+        // SAFETY: this CPU's copy of the map value; the index is masked below the length.
+        unsafe {
+            *addr_of_mut!((*counters).ops).cast::<u64>().add(kind) += 1;
+            *addr_of_mut!((*counters).bytes).cast::<u64>().add(kind) += marking.sectors << 9;
+            (*counters).records += u64::from(recorded);
+        }
+    }
+}
+
+/// A map element that is always there was not.
+struct Missing;
+
+/// Sets the bits of `range`; says whether one of them was clear.
+#[inline(always)]
+fn set_bits(slot: &Slot, range: BlockRange) -> Result<bool, Missing> {
+    let first_word = range.first >> 6;
+    let last_word = range.last >> 6;
+    let mut newly_dirty = false;
+    for i in 0..INLINE_WORDS {
+        let word = first_word + i;
+        if word > last_word {
+            return Ok(newly_dirty);
+        }
+        newly_dirty |= set_word(slot.id, range, word)?;
+    }
+    let mut rest = Rest {
+        range,
+        next_word: first_word + INLINE_WORDS,
+        slot: slot.id,
+        outcome: 0,
+    };
+    // SAFETY: the callback has the signature that the helper expects, the context outlives the call.
+    unsafe {
+        bpf_loop(MAX_WORDS, set_rest as *mut c_void, addr_of_mut!(rest).cast(), 0);
+    }
+    // SAFETY: a plain read of this frame's own variable, which the callback may have changed.
+    let outcome = unsafe { core::ptr::read_volatile(&rest.outcome) };
+    if outcome & MISSING != 0 {
+        Err(Missing)
+    } else {
+        Ok(newly_dirty || outcome & NEWLY_DIRTY != 0)
+    }
+}
+
+/// What is left for [`set_rest`].
+#[repr(C)]
+struct Rest {
+    range: BlockRange,
+    next_word: u64,
+    slot: u32,
+    outcome: u32,
+}
+
+/// In [`Rest::outcome`]: a bit was clear.
+const NEWLY_DIRTY: u32 = 1;
+/// In [`Rest::outcome`]: a word was missing.
+const MISSING: u32 = 2;
+
+/// Callback of `bpf_loop`: the next word; 1 ends the loop. The verifier wants it static: no exported symbol.
+extern "C" fn set_rest(_index: u64, rest: *mut Rest) -> i64 {
+    // SAFETY: `rest` is the context that `set_bits` passed.
+    let rest = unsafe { &mut *rest };
+    let word = rest.next_word;
+    if word > rest.range.last >> 6 {
+        return 1;
+    }
+    rest.next_word = word + 1;
+    match set_word(rest.slot, rest.range, word) {
+        Ok(true) => rest.outcome |= NEWLY_DIRTY,
+        Ok(false) => {}
+        Err(Missing) => {
+            rest.outcome |= MISSING;
+            return 1;
+        }
+    }
+    0
+}
+
+/// Sets the bits of `range` in one word; says whether one of them was clear.
+#[inline(always)]
+fn set_word(slot: u32, range: BlockRange, word: u64) -> Result<bool, Missing> {
+    let index = word as u32 + BITMAP_HEADER_WORDS;
+    let bits = BITMAPS.get_value_ptr_mut(slot, &index).ok_or(Missing)?;
+    let mask = word_mask(range, word);
+    // SAFETY: `bits` points to a word of the map; other CPUs change it with atomic operations only.
+    unsafe {
+        if core::ptr::read_volatile(bits) & mask == mask {
+            return Ok(false);
+        }
+        atomic::or(bits, mask);
+    }
+    Ok(true)
+}
+
+/// Puts a record on the ring, without waking the reader; `false` if there was no room.
+#[inline(always)]
+fn record(slot: &Slot, range: BlockRange, kind: u32) -> bool {
+    let period = match BITMAPS.get_value(slot.id, &0) {
+        Some(period) => *period,
+        None => 0,
+    };
+    let record = Record {
+        period,
+        first_block: range.first,
+        last_block: range.last,
+        slot: slot.id,
+        kind,
+    };
+    match EVENTS.reserve(0) {
+        Some(mut entry) => {
+            entry.write(record);
+            entry.submit(u64::from(BPF_RB_NO_WAKEUP));
+            true
+        }
+        None => {
+            bump(slot.id, |state| unsafe { addr_of_mut!((*state).ring_full) });
+            false
+        }
+    }
+}
+
+/// Counts a read in the first slot of the disk: proof that the hook is alive.
+#[inline(always)]
+fn read(slots: &DiskSlots) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(slots.slots[0].id) {
+        // SAFETY: this CPU's copy of the map value.
+        unsafe { (*counters).reads += 1 };
+    }
+}
+
+/// Notes in every slot of the disk that all of it changed.
+#[inline(always)]
+fn whole_device(slots: &DiskSlots) {
+    for i in 0..SLOTS_PER_DISK {
+        if i as u32 >= slots.count {
+            break;
+        }
+        bump(slots.slots[i].id, |state| unsafe {
+            addr_of_mut!((*state).whole_device)
+        });
+    }
+}
+
+/// Adds one to a field of a slot's state.
+#[inline(always)]
+pub(crate) fn bump(slot: u32, field: impl Fn(*mut SlotState) -> *mut u64) {
+    if let Some(state) = STATE.get_ptr_mut(slot) {
+        // SAFETY: `field` points into the map value just looked up.
+        unsafe { atomic::add(field(state), 1) };
+    }
+}
