@@ -62,11 +62,7 @@ pub const fn blocks_of(slot: &Slot, sector: u64, sectors: u64) -> Option<BlockRa
     if sectors == 0 || sector >= slot.end_sector || end <= slot.first_sector {
         return None;
     }
-    let start = if sector > slot.first_sector {
-        sector - slot.first_sector
-    } else {
-        0
-    };
+    let start = sector.saturating_sub(slot.first_sector);
     let stop = if end < slot.end_sector {
         end
     } else {

@@ -105,6 +105,9 @@ pub enum OpKind {
 /// Number of [`OpKind`]s.
 pub const OP_KINDS: usize = 6;
 
+/// Bytes of a [`Record`].
+pub const RECORD_BYTES: u32 = 32;
+
 /// Length of the arrays by kind: a power of two, so that the verifier sees a masked index stay inside.
 pub const KIND_ENTRIES: usize = 8;
 
@@ -205,7 +208,7 @@ pub struct LedgerEntry {
 const _: () = {
     assert!(size_of::<Slot>() == 32);
     assert!(size_of::<DiskSlots>() == 16 + 32 * SLOTS_PER_DISK);
-    assert!(size_of::<Record>() == 32);
+    assert!(size_of::<Record>() == RECORD_BYTES as usize);
     assert!(size_of::<SlotCounters>() == 8 * (2 * KIND_ENTRIES + 2));
     assert!(size_of::<SlotState>() == 40);
     assert!(size_of::<LedgerEntry>() == 40);

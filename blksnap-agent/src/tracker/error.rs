@@ -42,7 +42,7 @@ pub enum TrackerError {
         /// The device.
         device: String,
         /// How many there may be.
-        limit: u32,
+        limit: usize,
         /// Of what.
         what: &'static str,
     },

@@ -28,7 +28,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::maps::{MapData, RingBuf};
-use blksnap_common::track::{MAX_SLOTS, RING_BYTES, Record, SlotState};
+use blksnap_common::track::{MAX_SLOTS, RECORD_BYTES, RING_BYTES, Record, SlotState};
 
 pub use bitmap::DirtyBlocks;
 pub use btf::{BtfError, KernelBtf};
@@ -277,7 +277,7 @@ fn drain(
         }
         let mut records = 0_u32;
         // A writer may be as fast as this loop: the other duties get their turn all the same.
-        while records < RING_BYTES / size_of::<Record>() as u32
+        while records < RING_BYTES / RECORD_BYTES
             && let Some(item) = ring.next()
         {
             records += 1;
@@ -331,4 +331,48 @@ fn decode(bytes: &[u8]) -> Option<Record> {
         slot: short(24),
         kind: short(28),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_refuses_programs_with_wrong_offsets() {
+        // Each of these points into the middle of a field, or past the struct.
+        for (global, wrong) in [
+            ("BIO_BDEV", 12),
+            ("BIO_SECTOR", 100_000),
+            ("BIO_OPF", 18),
+            ("BDEV_DISK", 4),
+            ("DISK_PART0", 70),
+        ] {
+            let loaded =
+                Tracker::load_adjusted(&TrackerConfig::default(), |layout| layout.set(global, wrong));
+            assert!(
+                matches!(loaded, Err(TrackerError::Load(_))),
+                "{global} at {wrong} was accepted"
+            );
+        }
+    }
+
+    #[test]
+    fn records_survive_the_ring() {
+        let record = Record {
+            period: 1 << 40,
+            first_block: 3,
+            last_block: u64::MAX,
+            slot: 255,
+            kind: 5,
+        };
+        let mut bytes = Vec::new();
+        for word in [record.period, record.first_block, record.last_block] {
+            bytes.extend_from_slice(&word.to_ne_bytes());
+        }
+        bytes.extend_from_slice(&record.slot.to_ne_bytes());
+        bytes.extend_from_slice(&record.kind.to_ne_bytes());
+        assert_eq!(decode(&bytes), Some(record));
+        assert_eq!(decode(&bytes[1..]), None);
+        assert_eq!(decode(&[]), None);
+    }
 }

@@ -141,18 +141,18 @@ impl Object {
         };
         match self.table.get(&disk) {
             Some(slots) if slots.count as usize == SLOTS_PER_DISK => {
-                return Err(full(SLOTS_PER_DISK as u32, "ranges of its disk"));
+                return Err(full(SLOTS_PER_DISK, "ranges of its disk"));
             }
-            None if self.table.len() == MAX_DISKS as usize => return Err(full(MAX_DISKS, "disks")),
+            None if self.table.len() == MAX_DISKS as usize => {
+                return Err(full(MAX_DISKS as usize, "disks"));
+            }
             _ => {}
         }
-        let free = self
-            .used
-            .iter()
-            .position(|used| !used)
-            .ok_or_else(|| full(MAX_SLOTS, "devices"))?;
-        self.used[free] = true;
-        Ok(free as u32)
+        let free = (0..MAX_SLOTS)
+            .find(|slot| !self.used[*slot as usize])
+            .ok_or_else(|| full(MAX_SLOTS as usize, "devices"))?;
+        self.used[free as usize] = true;
+        Ok(free)
     }
 
     /// Gives back a slot that no disk has.
