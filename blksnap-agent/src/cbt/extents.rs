@@ -125,9 +125,9 @@ impl ChangedExtents {
             self.condition.mask(blocks)
         } else {
             self.next += rest.len();
-            rest.iter()
-                .rev()
-                .fold(0, |mask, byte| mask << 1 | u64::from(self.condition.holds(*byte)))
+            rest.iter().rev().fold(0, |mask, byte| {
+                (mask << 1) | u64::from(self.condition.holds(*byte))
+            })
         };
         true
     }
@@ -191,7 +191,7 @@ mod tests {
                     let want = blocks
                         .iter()
                         .rev()
-                        .fold(0_u64, |mask, b| mask << 1 | u64::from(condition.holds(*b)));
+                        .fold(0_u64, |mask, b| (mask << 1) | u64::from(condition.holds(*b)));
                     assert_eq!(condition.mask(&blocks), want, "{condition:?} quarter {quarter}");
                 }
             }
