@@ -74,6 +74,8 @@ impl Answer {
 #[derive(Debug)]
 pub struct Daemon {
     child: Option<Child>,
+    /// Stays open, so that the daemon can say that it ends.
+    notify: Option<UnixDatagram>,
     binary: PathBuf,
     directory: TempDir,
 }
@@ -95,6 +97,7 @@ impl Daemon {
         let directory = tempfile::Builder::new().prefix("blksnap-run-").tempdir()?;
         let mut daemon = Self {
             child: None,
+            notify: None,
             binary: agent_binary()?,
             directory,
         };
@@ -111,6 +114,7 @@ impl Daemon {
         let notify = self.directory.path().join("notify.sock");
         let _ = std::fs::remove_file(&notify);
         let ready = UnixDatagram::bind(&notify)?;
+        self.notify = Some(ready.try_clone()?);
         ready.set_read_timeout(Some(Duration::from_millis(50)))?;
         let log = std::fs::File::create(self.log_path())?;
         let mut command = Command::new(&self.binary);

@@ -20,12 +20,13 @@ pub struct ChangedReport {
 }
 
 impl ChangedReport {
-    /// What `map` says about `base`; without a map, that none was taken.
+    /// What the map of the last take ([`super::CbtMap::frozen`]) says about `base`; without a map, why there is
+    /// none.
     #[must_use]
-    pub fn since(map: Option<&Arc<ReadMap>>, base: &Base) -> Self {
+    pub fn since(map: Result<Arc<ReadMap>, FullNeeded>, base: &Base) -> Self {
         Self {
             since: base.number,
-            changes: map.map_or(Err(FullReason::NotTaken.into()), |map| map.changed_since(base)),
+            changes: map.and_then(|map| map.changed_since(base)),
         }
     }
 
@@ -135,12 +136,11 @@ mod tests {
         map.mark_blocks(10, 10);
         map.take(Generation::new(Uuid::from_u128(2)), Sectors::new(81))
             .unwrap();
-        let read_map = map.read_map();
         let base = Base {
             generation,
             number: 0,
         };
-        let text = serde_json::to_string(&ChangedReport::since(read_map.as_ref(), &base)).unwrap();
+        let text = serde_json::to_string(&ChangedReport::since(map.frozen(), &base)).unwrap();
         assert_eq!(
             text,
             "{\"generation\":\"00000000-0000-0000-0000-000000000001\",\"number\":1,\"since\":0,\
@@ -152,7 +152,7 @@ mod tests {
         );
 
         map.corrupt(ResetReason::RunMissed);
-        let text = serde_json::to_string(&ChangedReport::since(read_map.as_ref(), &base)).unwrap();
+        let text = serde_json::to_string(&ChangedReport::since(map.frozen(), &base)).unwrap();
         let answer: ChangedAnswer = serde_json::from_str(&text).unwrap();
         assert!(matches!(answer, ChangedAnswer::Full { full_needed } if full_needed.reason == "run_missed"));
         let text = serde_json::to_string(&ChangedReport::last(None)).unwrap();

@@ -16,6 +16,7 @@
 //! | `POST /v1/cbt/mark` | [`Mark`] | [`Marked`] |
 //! | `GET /v1/snapshots` | | [`Snapshots`] |
 //! | `POST /v1/snapshots` | [`CreateSnapshot`] | [`Snapshot`] |
+//! | `POST /v1/snapshots/take` | [`TakeSnapshot`] | lines of [`Event`]`<`[`Snapshot`]`>` |
 //! | `GET /v1/snapshots/ID` | | [`Snapshot`] |
 //! | `DELETE /v1/snapshots/ID` | | [`Empty`] |
 //! | `POST /v1/snapshots/ID/devices` | [`DeviceName`] | [`Snapshot`] |
@@ -29,6 +30,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::cbt::Base;
+use crate::cbt::ResetReason;
 use crate::units::{DeviceId, Extent, Generation, SnapshotId};
 
 /// Version of this interface.
@@ -147,17 +150,10 @@ pub struct CbtInfo {
     pub active_number: u8,
     /// Blocks written since the last take.
     pub dirty_blocks: u64,
-    /// Why the next take begins a new generation, where it does.
-    pub corrupted: Option<String>,
-}
-
-/// A point that a client knows: what changed since then is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Base {
-    /// Generation of the number.
-    pub generation: Generation,
-    /// Number of the take.
-    pub number: u8,
+    /// Why the generation began.
+    pub began: ResetReason,
+    /// Why the next take begins a new one, where it does.
+    pub corrupted: Option<ResetReason>,
 }
 
 /// Question for the extents that changed between a base and the last take.
@@ -233,6 +229,17 @@ pub struct Limits {
     pub freeze_hook: Option<String>,
 }
 
+/// Create a snapshot and take it: all or nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TakeSnapshot {
+    /// What to create.
+    pub create: CreateSnapshot,
+    /// Bounds of the take.
+    #[serde(default)]
+    pub limits: Limits,
+}
+
 /// All snapshots.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Snapshots {
@@ -274,6 +281,9 @@ pub enum SnapshotState {
 }
 
 impl SnapshotState {
+    /// All states.
+    pub const ALL: [Self; 4] = [Self::Created, Self::Taking, Self::Taken, Self::Corrupted];
+
     /// The word of the JSON.
     #[must_use]
     pub const fn label(self) -> &'static str {

@@ -116,6 +116,14 @@ impl ApiError {
         }
     }
 
+    /// An error of kind `code` about `action`, made of what went wrong there. A text of the form
+    /// `what went wrong; what to do` is taken apart.
+    pub fn of(code: Code, action: impl fmt::Display, error: &dyn std::error::Error) -> Self {
+        let text = chain(error);
+        let (wrong, remedy) = text.rsplit_once("; ").unwrap_or((&text, ""));
+        Self::new(code, format!("{action}: {wrong}"), remedy)
+    }
+
     /// Its kind.
     #[must_use]
     pub const fn code(&self) -> Code {
@@ -131,6 +139,22 @@ impl ApiError {
             remedy: self.remedy.clone(),
         }
     }
+}
+
+/// The text of an error and of its sources, each said once.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let cause = error.to_string();
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+        source = error.source();
+    }
+    text
 }
 
 /// Whatever an error text contains, it stays on one line.
@@ -180,5 +204,23 @@ mod tests {
             "attach /dev/x: the verifier said no: see the log"
         );
         assert_eq!(ApiError::new(Code::Io, "m", "").to_string(), "m");
+    }
+
+    #[test]
+    fn causes_are_said_once_and_the_remedy_is_taken_apart() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("open it: {source}; look at `x`")]
+        struct Outer {
+            source: std::io::Error,
+        }
+        #[derive(Debug, thiserror::Error)]
+        #[error("read it")]
+        struct Silent(#[source] std::io::Error);
+
+        let cause = || std::io::Error::other("no; really not");
+        let error = ApiError::of(Code::Io, "attach /dev/x", &Outer { source: cause() });
+        assert_eq!(error.body().message, "attach /dev/x: open it: no; really not");
+        assert_eq!(error.body().remedy, "look at `x`");
+        assert_eq!(chain(&Silent(cause())), "read it: no; really not");
     }
 }

@@ -5,13 +5,13 @@
 //! - [`server`]: the routes. It knows the daemon only by the trait [`Service`].
 //! - [`stream`]: answers of work that takes long: one JSON object a line, and the end of the client ends the work.
 //! - [`client`]: requests from another process.
-//! - [`socket`]: the unix socket itself, made so that nobody but its owner ever can connect.
+//! - [`directory`]: where the sockets are.
 
 pub mod api;
 pub mod client;
+pub mod directory;
 pub mod error;
 pub mod server;
-pub mod socket;
 pub mod stream;
 #[cfg(test)]
 mod tests;

@@ -99,6 +99,15 @@ pub trait Service: Send + Sync + 'static {
         limits: &api::Limits,
         reporter: &Reporter,
     ) -> Result<api::Snapshot, ApiError>;
+    /// Creates a snapshot and takes it. One that can't be taken is destroyed again.
+    ///
+    /// # Errors
+    /// As of both.
+    fn snapshot_create_and_take(
+        &self,
+        request: &api::TakeSnapshot,
+        reporter: &Reporter,
+    ) -> Result<api::Snapshot, ApiError>;
     /// Releases a snapshot.
     ///
     /// # Errors
@@ -287,6 +296,16 @@ async fn snapshot_take(
     }))
 }
 
+async fn snapshot_create_and_take(
+    State(context): State<Context>,
+    Body(request): Body<api::TakeSnapshot>,
+) -> Response {
+    let Context { service, stop } = context;
+    stream::respond(&stop, move |reporter| {
+        service.snapshot_create_and_take(&request, reporter)
+    })
+}
+
 async fn backup(State(context): State<Context>, Body(request): Body<api::Backup>) -> Response {
     let Context { service, stop } = context;
     stream::respond(&stop, move |reporter| service.backup(&request, reporter))
@@ -317,6 +336,7 @@ pub fn router(service: Arc<dyn Service>, stop: CancellationToken) -> Router {
         .route("/v1/cbt/map", get(cbt_map))
         .route("/v1/cbt/mark", post(cbt_mark))
         .route("/v1/snapshots", get(snapshots).post(snapshot_create))
+        .route("/v1/snapshots/take", post(snapshot_create_and_take))
         .route("/v1/snapshots/{id}", get(snapshot).delete(snapshot_destroy))
         .route("/v1/snapshots/{id}/devices", post(snapshot_add))
         .route("/v1/snapshots/{id}/take", post(snapshot_take))

@@ -30,27 +30,54 @@ pub struct Reporter {
 }
 
 impl Reporter {
-    /// Says how far the work is. Called as often as one likes: most calls cost a look at the clock.
-    pub fn progress(&self, progress: Progress) {
+    /// Says that `done` of `total` bytes of `phase` are done. Called as often as one likes: most calls cost a look
+    /// at the clock.
+    pub fn progress(&self, phase: &str, done: u64, total: u64) {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        if let Some((phase, at)) = &*last
-            && *phase == progress.phase
+        if let Some((known, at)) = &*last
+            && known == phase
             && now.duration_since(*at) < INTERVAL
-            && progress.done != progress.total
+            && done != total
         {
             return;
         }
-        *last = Some((progress.phase.clone(), now));
+        *last = Some((phase.to_owned(), now));
         drop(last);
+        let progress = Progress {
+            phase: phase.to_owned(),
+            done,
+            total,
+        };
         // A full queue means that the client reads slowly: it misses a line.
         let _ = self.lines.try_send(line(&Event::<()>::Progress(progress)));
+    }
+
+    /// Calls `react` when the work is to stop, at once if it is already. Dropping the guard ends that. Must be
+    /// called on a thread of the runtime, as work is.
+    #[must_use]
+    pub fn on_cancel(&self, react: impl FnOnce() + Send + 'static) -> OnCancel {
+        let cancel = self.cancel.clone();
+        OnCancel(tokio::spawn(async move {
+            cancel.cancelled().await;
+            react();
+        }))
     }
 
     /// Ends when the work is to stop.
     #[must_use]
     pub const fn cancel(&self) -> &CancellationToken {
         &self.cancel
+    }
+}
+
+/// A reaction to the end of the client, see [`Reporter::on_cancel`].
+#[derive(Debug)]
+pub struct OnCancel(tokio::task::JoinHandle<()>);
+
+impl Drop for OnCancel {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -8,13 +8,13 @@ use std::time::Duration;
 use axum::body::Bytes;
 use tokio_util::sync::CancellationToken;
 
-use super::api::{self, Progress};
+use super::api;
 use super::client::{Client, ClientError};
 use super::error::{ApiError, Code};
 use super::server::{Service, router, serve_unix};
-use super::socket;
 use super::stream::Reporter;
 use crate::cbt::ChangedReport;
+use crate::nbd::socket::listen_on;
 use crate::units::{Generation, SnapshotId};
 
 #[derive(Default)]
@@ -79,29 +79,34 @@ impl Service for Script {
         _: &api::Limits,
         reporter: &Reporter,
     ) -> Result<api::Snapshot, ApiError> {
+        let told = Arc::new(AtomicBool::new(false));
+        let _guard = reporter.on_cancel({
+            let told = Arc::clone(&told);
+            move || told.store(true, Ordering::SeqCst)
+        });
         let mut done = 0;
-        while !reporter.cancel().is_cancelled() {
+        while !told.load(Ordering::SeqCst) {
             done += 1;
-            reporter.progress(Progress {
-                phase: format!("step {done}"),
-                done,
-                total: 0,
-            });
+            reporter.progress(&format!("step {done}"), done, 0);
             std::thread::sleep(Duration::from_millis(1));
         }
+        assert!(reporter.cancel().is_cancelled());
         self.cancelled.store(true, Ordering::SeqCst);
         Err(ApiError::new(Code::Cancelled, "take", ""))
+    }
+    fn snapshot_create_and_take(
+        &self,
+        _: &api::TakeSnapshot,
+        _: &Reporter,
+    ) -> Result<api::Snapshot, ApiError> {
+        refuse("create and take")
     }
     fn snapshot_destroy(&self, _: SnapshotId) -> Result<(), ApiError> {
         Ok(())
     }
     fn backup(&self, request: &api::Backup, reporter: &Reporter) -> Result<api::BackupResult, ApiError> {
         for done in 0..=1000 {
-            reporter.progress(Progress {
-                phase: "copy".to_owned(),
-                done,
-                total: 1000,
-            });
+            reporter.progress("copy", done, 1000);
         }
         Ok(api::BackupResult {
             device: request.device.clone(),
@@ -132,6 +137,7 @@ struct Running {
     client: Client,
     stop: CancellationToken,
     server: tokio::task::JoinHandle<std::io::Result<()>>,
+    _name: crate::nbd::socket::SocketName,
     _directory: tempfile::TempDir,
 }
 
@@ -140,13 +146,14 @@ fn start() -> Running {
     let path = directory.path().join("control.sock");
     let script = Arc::new(Script::default());
     let stop = CancellationToken::new();
-    let listener = socket::listen(&path).unwrap();
+    let (listener, name) = listen_on(&path).unwrap();
     let router = router(Arc::<Script>::clone(&script), stop.clone());
     Running {
         script,
         client: Client::new(&path),
         server: tokio::spawn(serve_unix(listener, router, stop.clone())),
         stop,
+        _name: name,
         _directory: directory,
     }
 }

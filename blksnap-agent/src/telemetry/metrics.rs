@@ -82,8 +82,8 @@ pub struct NbdSample {
     pub requests: Vec<(&'static str, u64)>,
     /// Bytes of images sent.
     pub read_bytes: u64,
-    /// Requests answered with an error.
-    pub errors: u64,
+    /// Requests answered with an error, by error, each error present.
+    pub errors: Vec<(&'static str, u64)>,
 }
 
 /// The sample as OpenMetrics text.
@@ -315,11 +315,14 @@ impl Sample {
             Some(Unit::Bytes),
             self.nbd.read_bytes,
         )?;
-        out.counter(
+        out.counters(
             "nbd_errors",
-            "Requests of NBD clients answered with an error.",
+            "Requests of NBD clients answered with an error, by error.",
             None,
-            self.nbd.errors,
+            self.nbd
+                .errors
+                .iter()
+                .map(|(error, count)| ([("error", *error)], *count)),
         )
     }
 }
@@ -472,6 +475,7 @@ mod tests {
             },
             nbd: NbdSample {
                 requests: vec![("read", 10), ("block_status", 0)],
+                errors: vec![("eio", 0), ("eperm", 2)],
                 ..NbdSample::default()
             },
         }
@@ -514,7 +518,7 @@ mod tests {
             get("blksnap_nbd_requests_total", &[("command", "read")]),
             Some(10.0)
         );
-        assert_eq!(get("blksnap_nbd_errors_total", &[]), Some(0.0));
+        assert_eq!(get("blksnap_nbd_errors_total", &[("error", "eio")]), Some(0.0));
     }
 
     #[test]
