@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use blksnap_common::blockrange::{BlockRange, blocks_of};
 use blksnap_common::track::{OP_KINDS, Record, Slot, SlotState};
@@ -20,6 +20,7 @@ use serde::Serialize;
 
 use super::bitmap::{Bitmap, DirtyBlocks};
 use super::object::RunMisses;
+use super::watch::Watchers;
 use super::{Shared, TrackerError, probe};
 use crate::cbt::{CbtMap, MapError, ReadMap, ResetReason, Taken};
 use crate::disk::{BlockDevice, DiskError};
@@ -82,6 +83,7 @@ struct State {
     /// Skipped runs of the steady programs when this generation began.
     run_misses: u64,
     resets: BTreeMap<ResetReason, u64>,
+    watchers: Watchers,
 }
 
 impl TrackedDevice {
@@ -139,6 +141,7 @@ impl TrackedDevice {
                 errors: at_attach.errors,
                 run_misses,
                 resets: BTreeMap::from([(began, 1)]),
+                watchers: Watchers::default(),
             }),
             detached: AtomicBool::new(false),
             ledger: Mutex::new(0),
@@ -200,7 +203,13 @@ impl TrackedDevice {
             state.map.corrupt(ResetReason::MapError);
         }
         dirty.mark(&mut state.map);
+        state.watchers.tell(&dirty);
         Ok(dirty)
+    }
+
+    /// Hands the blocks of every period closed from now on to `watcher`, too.
+    pub(super) fn add_watcher(&self, watcher: Weak<Mutex<DirtyBlocks>>) {
+        self.state().watchers.add(watcher);
     }
 
     /// Ends the snapshot period of the change map. The caller has closed the bitmap's period at the instant, and

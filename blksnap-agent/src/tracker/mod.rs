@@ -21,6 +21,7 @@ mod error;
 mod layout;
 mod object;
 mod probe;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
@@ -35,6 +36,7 @@ pub use btf::{BtfError, KernelBtf};
 pub use device::{DeviceCounters, LedgerStatus, TrackedDevice};
 pub use error::TrackerError;
 pub use layout::Layout;
+pub use watch::DeviceWatch;
 
 use crate::cbt::{ResetReason, TrackingParams};
 use crate::disk::BlockDevice;
