@@ -129,18 +129,17 @@ impl BlockDevice {
             .map_err(|(what, source)| DiskError::attribute(&self.path, &what, source))
     }
 
-    /// Requests that the whole disk has not completed yet: reads and writes, from `/sys/dev/block/M:m/inflight`.
+    /// Writes that the driver holds now, from `/sys/dev/block/M:m/inflight`: those of this node, so that a
+    /// partition does not count what goes to others or through the disk's node.
     ///
     /// # Errors
     /// The device is gone.
-    pub fn inflight(&self) -> Result<(u64, u64), DiskError> {
-        let path = format!("/sys/dev/block/{}/inflight", self.disk_id);
+    pub fn writes_in_driver(&self) -> Result<u64, DiskError> {
+        let path = format!("/sys/dev/block/{}/inflight", self.id);
+        // Two numbers: reads, then writes.
         let parse = |text: String| {
-            let mut numbers = text.split_whitespace().map(|word| word.parse::<u64>().ok());
-            match (numbers.next().flatten(), numbers.next().flatten()) {
-                (Some(reads), Some(writes)) => Ok((reads, writes)),
-                _ => Err(malformed(&text)),
-            }
+            let writes = text.split_whitespace().nth(1).and_then(|word| word.parse().ok());
+            writes.ok_or_else(|| malformed(&text))
         };
         fs::read_to_string(&path)
             .and_then(parse)

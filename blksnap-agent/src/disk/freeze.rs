@@ -251,10 +251,17 @@ impl Freezer {
     /// The watchdog, or a file system that can't be frozen now.
     pub fn freeze(&mut self, limit: Duration) -> Result<(), FreezeError> {
         self.arm()?;
-        if let Some(watchdog) = &mut self.watchdog {
-            watchdog.go(limit)?;
+        if let Some(watchdog) = &mut self.watchdog
+            && watchdog.go(limit).is_err()
+        {
+            // It was armed long ago, and somebody has ended it since.
+            self.watchdog = None;
+            self.arm()?;
+            self.watchdog
+                .as_mut()
+                .map_or(Ok(()), |watchdog| watchdog.go(limit))?;
         }
-        self.since = Some(Instant::now());
+        self.since = (!self.file_systems.list.is_empty()).then(Instant::now);
         self.unsupported.clear();
         for (index, one) in self.file_systems.list.iter().enumerate() {
             match one.freeze() {
@@ -273,7 +280,7 @@ impl Freezer {
         Ok(())
     }
 
-    /// Thaws all of them; gives how long they were frozen.
+    /// Thaws all of them; gives how long they were frozen, which is nothing if there are none.
     ///
     /// # Errors
     /// One was thawed before, by the watchdog's deadline or somebody else: then there was no single instant.

@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use super::cancel::CancelToken;
@@ -26,7 +27,7 @@ pub(super) const PIECE: usize = 1 << 20;
 const DEPTH: u32 = 8;
 
 /// Threads of the fallback.
-const THREADS: usize = 4;
+const THREADS: NonZeroUsize = NonZeroUsize::new(4).unwrap();
 
 /// What is read: a device, or a model of one.
 pub trait Source: fmt::Debug + Send + Sync {
@@ -174,29 +175,32 @@ pub enum Method {
     /// io_uring if it is permitted, threads otherwise.
     #[default]
     Auto,
-    /// Threads.
-    Threads,
+    /// As many threads.
+    Threads(NonZeroUsize),
 }
 
 /// Copies extents of devices to sinks.
 #[derive(Debug)]
 pub struct Copier {
-    ring: bool,
+    /// Threads; `None` for io_uring.
+    threads: Option<NonZeroUsize>,
 }
 
 impl Copier {
     /// A copier; finds out whether io_uring is permitted.
     #[must_use]
     pub fn new(method: Method) -> Self {
-        let ring = method == Method::Auto
-            && match InFlight::new(1, AlignedBuffer::ALIGNMENT) {
-                Ok(_) => true,
+        let threads = match method {
+            Method::Threads(count) => Some(count),
+            Method::Auto => match InFlight::new(1, AlignedBuffer::ALIGNMENT) {
+                Ok(_) => None,
                 Err(error) => {
                     tracing::info!(%error, "io_uring is not available, copying with threads");
-                    false
+                    Some(THREADS)
                 }
-            };
-        Self { ring }
+            },
+        };
+        Self { threads }
     }
 
     /// Copies all jobs, one after the other, and gives the number of bytes read. `copied` hears of every piece.
@@ -228,10 +232,10 @@ impl Copier {
             }
         }
         let pieces = Pieces::new(jobs);
-        if self.ring && jobs.iter().all(|job| job.source.raw(0).is_some()) {
-            Ring::new(pieces, cancel, copied)?.run()
-        } else {
-            threads::copy(pieces, THREADS, cancel, copied)
+        let raw = jobs.iter().all(|job| job.source.raw(0).is_some());
+        match self.threads {
+            None if raw => Ring::new(pieces, cancel, copied)?.run(),
+            threads => threads::copy(pieces, threads.unwrap_or(THREADS), cancel, copied),
         }
     }
 }

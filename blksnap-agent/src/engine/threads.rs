@@ -1,5 +1,6 @@
 //! Threads: the copy where io_uring is not permitted.
 
+use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -11,7 +12,7 @@ use crate::sys::AlignedBuffer;
 /// Copies all pieces with `count` threads, each with a buffer of its own; gives the bytes read.
 pub(super) fn copy(
     pieces: Pieces<'_>,
-    count: usize,
+    count: NonZeroUsize,
     cancel: &CancelToken,
     copied: &(dyn Fn(u64) + Sync),
 ) -> Result<u64, CopyError> {
@@ -23,7 +24,7 @@ pub(super) fn copy(
         copied,
     };
     std::thread::scope(|scope| {
-        for _ in 1..count {
+        for _ in 1..count.get() {
             scope.spawn(|| work.run());
         }
         work.run();

@@ -66,7 +66,7 @@ fn content(file: &File) -> Vec<u8> {
     bytes
 }
 
-const METHODS: [Method; 2] = [Method::Auto, Method::Threads];
+const METHODS: [Method; 2] = [Method::Auto, Method::Threads(THREADS)];
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
