@@ -1,0 +1,161 @@
+//! Window: the file systems are frozen, the last rest is copied, the instant is taken, and they go on.
+//!
+//! Nothing in here writes anywhere but to the sinks: no log, no progress.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use super::hook::{HookError, Stage};
+use super::party::Party;
+use super::rounds::{Converge, POLL, Window};
+use super::{Consistency, ConvergeError, Converged};
+use crate::cbt::{ReadMap, Taken};
+use crate::engine::CopyError;
+
+/// Part of the freeze limit after which the window gives up by itself, so that it thaws before the watchdog does.
+const OWN_SHARE: f64 = 0.9;
+
+/// What was taken of a device.
+type Take = (Taken, Option<std::sync::Arc<ReadMap>>);
+
+impl Converge<'_> {
+    /// Freezes, copies the rest, takes, thaws.
+    pub(super) fn window(&mut self) -> Result<Window, ConvergeError> {
+        self.tell_frozen();
+        let told = self.run_hook(Stage::Freeze, Instant::now() + self.limits.freeze_limit);
+        let outcome = match told {
+            Ok(()) => self.frozen_part(),
+            Err(error) => Err(error.into()),
+        };
+        // Nothing is frozen any more.
+        let thawed = self.run_hook(Stage::Thaw, Instant::now() + self.limits.freeze_limit);
+        if let Err(error) = thawed {
+            tracing::warn!(%error, "the snapshot is not affected");
+        }
+        let Some(takes) = outcome? else {
+            return Ok(Window::Again);
+        };
+        let converged = self.parties.iter().zip(takes);
+        Ok(Window::Taken(
+            converged
+                .map(|(party, take)| self.converged(party, take))
+                .collect(),
+        ))
+    }
+
+    /// From the freeze to the thaw; `None` if everything has to be copied again.
+    fn frozen_part(&mut self) -> Result<Option<Vec<Take>>, ConvergeError> {
+        let limit = self.limits.freeze_limit;
+        let deadline = Instant::now() + limit.mul_f64(OWN_SHARE);
+        self.freezer.freeze(limit)?;
+        let outcome = self.settle_and_take(deadline);
+        // Whatever happened: first of all the file systems go on.
+        let thawed = self.freezer.thaw();
+        let takes = outcome?;
+        self.frozen += thawed?;
+        Ok(takes)
+    }
+
+    fn settle_and_take(&mut self, deadline: Instant) -> Result<Option<Vec<Take>>, ConvergeError> {
+        let mut hook_saw_this = false;
+        // The close before the instant gave nothing.
+        let mut closed = false;
+        loop {
+            let nothing = self.collect()?;
+            if !self.all_followed()? {
+                return Ok(None);
+            }
+            if nothing && closed && hook_saw_this {
+                // `closed` was followed by an idle moment, the instant; and this close is the one after it.
+                return self.take().map(Some);
+            }
+            closed = nothing;
+            if self.rest() > 0 {
+                closed = false;
+                hook_saw_this = false;
+                self.copy_rest(&self.cancel.until(deadline), &|_| {})
+                    .map_err(|error| self.late(error))?;
+            } else if closed {
+                if self.all_idle()? {
+                    self.run_hook(Stage::Frozen, deadline)?;
+                    hook_saw_this = true;
+                } else {
+                    closed = false;
+                    std::thread::sleep(POLL);
+                }
+            }
+            self.check_cancel()?;
+            if Instant::now() >= deadline {
+                return Err(self.never_quiet());
+            }
+        }
+    }
+
+    fn all_idle(&self) -> Result<bool, ConvergeError> {
+        for party in &self.parties {
+            if !party.is_idle()? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn take(&self) -> Result<Vec<Take>, ConvergeError> {
+        for party in &self.parties {
+            party.check_doubt()?;
+        }
+        let takes: Result<Vec<Take>, _> = self.parties.iter().map(|party| party.device.take()).collect();
+        for party in &self.parties {
+            party.settle();
+        }
+        Ok(takes?)
+    }
+
+    fn converged(&self, party: &Party, (mut taken, read_map): Take) -> Converged {
+        let device = party.device.device().id;
+        taken.reset = taken.reset.or(party.reset);
+        Converged {
+            device,
+            taken,
+            read_map,
+            consistency: if self.freezer.froze(device) {
+                Consistency::FileSystem
+            } else {
+                Consistency::Crash
+            },
+            copied_bytes: party.copied,
+            rounds: self.rounds,
+            frozen: self.frozen,
+        }
+    }
+
+    fn run_hook(&self, stage: Stage, deadline: Instant) -> Result<(), HookError> {
+        let Some(hook) = self.hook else { return Ok(()) };
+        let devices: Vec<PathBuf> = self
+            .parties
+            .iter()
+            .map(|party| party.device.device().path.clone())
+            .collect();
+        hook.run(stage, &devices, deadline)
+    }
+
+    /// The error of a copy that was not done by the deadline says what the user can do.
+    fn late(&self, error: ConvergeError) -> ConvergeError {
+        match error {
+            ConvergeError::Copy(CopyError::Late) => self.never_quiet(),
+            error => error,
+        }
+    }
+
+    fn never_quiet(&self) -> ConvergeError {
+        let busy = self.parties.iter().find(|party| {
+            // A device that fails here is as good a name as any.
+            party.rest() > 0 || !party.is_idle().unwrap_or(false)
+        });
+        let limit: Duration = self.limits.freeze_limit;
+        ConvergeError::NeverQuiet {
+            device: busy.unwrap_or(&self.parties[0]).device.device().path.clone(),
+            limit_ms: limit.as_millis(),
+        }
+    }
+}
