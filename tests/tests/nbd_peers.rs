@@ -381,7 +381,7 @@ fn nbdcopy_copies_every_byte() -> Result<()> {
     }
     let counters = peer.counters()?;
     assert!(counters.requests_of(CommandType::Read) > 0);
-    assert!(counters.bytes_read as usize >= peer.image.bytes.len());
+    assert!(counters.bytes_read >= peer.image.bytes.len() as u64);
     assert!(
         counters.connections >= 12,
         "several connections: {}",

@@ -295,7 +295,7 @@ mod tests {
             let end = (from + length).min(bytes.len());
             let told: Vec<bool> = dirty_status(&dirty, from as u64, end as u64, usize::MAX)
                 .iter()
-                .flat_map(|extent| std::iter::repeat_n(extent.flags == DIRTY, extent.length as usize))
+                .flat_map(|extent| (0..extent.length).map(|_| extent.flags == DIRTY))
                 .collect();
             prop_assert_eq!(told, bytes[from..end].to_vec());
         }

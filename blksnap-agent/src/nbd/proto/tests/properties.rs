@@ -206,7 +206,7 @@ proptest! {
         let extents: Vec<StatusExtent> =
             list.iter().map(|&(length, flags)| StatusExtent { length, flags }).collect();
         let bytes: Vec<u32> =
-            list.iter().flat_map(|&(length, flags)| std::iter::repeat_n(flags, length as usize)).collect();
+            list.iter().flat_map(|&(length, flags)| (0..length).map(move |_| flags)).collect();
         let descriptors = reply::descriptors(&extents, length, one);
         let told: Vec<u32> = descriptors
             .iter()
