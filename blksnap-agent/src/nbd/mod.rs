@@ -1,4 +1,16 @@
 //! NBD: images for other people's tools.
+//!
+//! | file | role |
+//! |---|---|
+//! | [`proto`] | the protocol without input and output (core) |
+//! | [`export`] | what can be served; [`mod@file`] is a raw image file |
+//! | [`registry`] | the exports offered now; they come and go |
+//! | [`server`] | accepts clients on a unix socket, ends in good order; [`socket`] makes the socket |
+//! | `connection` | one client |
+//! | [`counters`] | what the server did, for metrics |
+//!
+//! A caller makes a [`registry::Exports`], starts a [`server::Server`] on it, adds and removes exports at will, and
+//! stops the server at the end.
 
 mod connection;
 pub mod counters;
