@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use super::target::TargetError;
 use crate::engine::CopyError;
+use crate::filter::converge::ConvergeError;
 use crate::statefile::StateFileError;
+use crate::tracker::TrackerError;
 
 /// A backup failed. The device and the snapshot are as they were.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +21,12 @@ pub enum BackupError {
     /// Reading the image or writing the target failed, or was cancelled.
     #[error(transparent)]
     Copy(#[from] CopyError),
+    /// The device can't be brought to a point in time.
+    #[error(transparent)]
+    Converge(#[from] ConvergeError),
+    /// Tracking.
+    #[error(transparent)]
+    Tracker(#[from] TrackerError),
     /// The image can't be looked at.
     #[error("can't find the data in the image of {device}: {source}")]
     Image {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::plan::{DeviceFacts, Plan};
 use super::report::{Mode, Report};
@@ -14,6 +14,7 @@ use super::sparse::SparseImage;
 use super::{BackupError, Target};
 use crate::cbt::{Base, FullNeeded, ReadMap};
 use crate::engine::{CancelToken, Copier, Job, Method, Phase, Progress, Sink as _};
+use crate::filter::converge::Consistency;
 use crate::units::Extent;
 
 /// An image of a device as it was at a take.
@@ -25,6 +26,10 @@ pub struct ImageSource<'a> {
     pub image: &'a File,
     /// The device's map at the take.
     pub read_map: &'a Arc<ReadMap>,
+    /// What the image is as good as.
+    pub consistency: Consistency,
+    /// How long file systems were frozen for the take.
+    pub frozen: Duration,
 }
 
 /// Who listens to a backup, and who may stop it.
@@ -63,6 +68,9 @@ where
             bytes_copied,
             bytes_total: length,
             taken: source.read_map.base(),
+            consistency: source.consistency,
+            frozen_ms: source.frozen.as_secs_f64() * 1000.0,
+            rounds: 0,
             seconds: began.elapsed().as_secs_f64(),
         }),
         Err(error) => {

@@ -12,6 +12,7 @@
 
 mod error;
 pub mod image;
+pub mod live;
 pub mod plan;
 mod report;
 pub mod session;
@@ -21,6 +22,7 @@ pub mod target;
 
 pub use error::BackupError;
 pub use image::{Control, ImageSource, from_image};
+pub use live::{Taking, from_device};
 pub use plan::{DeviceFacts, FullWhy, Plan};
 pub use report::{Mode, Report};
 pub use session::Session;

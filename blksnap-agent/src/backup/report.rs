@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::plan::FullWhy;
 use crate::cbt::Base;
+use crate::filter::converge::Consistency;
 
 /// Which kind a backup was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -40,6 +41,12 @@ pub struct Report {
     /// The take that the target shows: the base of the next backup.
     #[serde(flatten)]
     pub taken: Base,
+    /// What the target is as good as.
+    pub consistency: Consistency,
+    /// How long file systems were frozen for the take, in milliseconds.
+    pub frozen_ms: f64,
+    /// Rounds of copying what was written meanwhile; none for an image.
+    pub rounds: u32,
     /// Time in all, in seconds.
     pub seconds: f64,
 }

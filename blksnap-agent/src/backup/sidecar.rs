@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::cbt::Base;
+use crate::disk::BlockDevice;
 use crate::statefile::{self, Format, StateFileError};
 use crate::units::{BlockSize, DeviceId, Sectors};
 
@@ -36,6 +37,19 @@ pub struct SidecarDevice {
     pub id: DeviceId,
     /// Capacity in bytes.
     pub capacity: u64,
+}
+
+impl SidecarDevice {
+    /// Of this device.
+    #[must_use]
+    pub fn of(device: &BlockDevice) -> Self {
+        Self {
+            path: device.path.clone(),
+            name: device.name.clone(),
+            id: device.id,
+            capacity: device.capacity.bytes(),
+        }
+    }
 }
 
 /// How the target looked after its last sync.

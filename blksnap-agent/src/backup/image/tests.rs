@@ -78,6 +78,8 @@ impl Bench {
             device: &self.device,
             image: &image,
             read_map: &read_map,
+            consistency: Consistency::Crash,
+            frozen: Duration::ZERO,
         };
         run(source, &self.target(), incremental, &|step, cancel| {
             if step >= steps {
@@ -250,6 +252,8 @@ fn doubt_makes_it_full() {
         device: &bench.device,
         image: &image,
         read_map: &read_map,
+        consistency: Consistency::Crash,
+        frozen: Duration::ZERO,
     };
     // It comes up in the middle of the copy.
     let target = bench.target();
