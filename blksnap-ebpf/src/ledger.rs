@@ -17,13 +17,14 @@
 //! entered, with no sectors, where that can happen.
 
 use core::ffi::c_void;
+use core::mem::offset_of;
 use core::ptr::addr_of_mut;
 
 use aya_ebpf::helpers::bpf_loop;
 use aya_ebpf::programs::BtfTracePointContext;
 use blksnap_common::blockrange::classify;
 use blksnap_common::track::{
-    DISK_LEDGER, DISK_REQUESTS, DiskSlots, LedgerEntry, LedgerRange, SLOT_LEDGER, SLOTS_PER_DISK,
+    DISK_LEDGER, DISK_REQUESTS, DiskSlots, LedgerEntry, LedgerRange, SLOT_LEDGER, SLOTS_PER_DISK, SlotState,
 };
 
 use crate::atomic;
@@ -211,9 +212,7 @@ extern "C" fn count_unknown(disk: u32) -> u32 {
             }
             let slot = &slots.slots[i];
             if slot.flags & SLOT_LEDGER != 0 {
-                bump(slot.id, |state| unsafe {
-                    addr_of_mut!((*state).unknown_completions)
-                });
+                bump(slot.id, offset_of!(SlotState, unknown_completions));
             }
         }
     }
@@ -229,9 +228,7 @@ extern "C" fn count_lost(disk: u32) -> u32 {
             if i as u32 >= slots.count {
                 break;
             }
-            bump(slots.slots[i].id, |state| unsafe {
-                addr_of_mut!((*state).ledger_lost)
-            });
+            bump(slots.slots[i].id, offset_of!(SlotState, ledger_lost));
         }
     }
     0

@@ -20,6 +20,13 @@
     target_arch = "bpf",
     expect(unstable_features, reason = "inline assembly for the BPF target")
 )]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(
+        clippy::cast_possible_truncation,
+        reason = "slots and words are counted in 32 bits, a bio has less than 2^23 sectors, addresses have 64 bits"
+    )
+)]
 
 #[cfg(target_arch = "bpf")]
 mod atomic;

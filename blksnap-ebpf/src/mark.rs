@@ -1,6 +1,7 @@
 //! Mark: from a bio to bits in the bitmaps of the slots that it touches.
 
 use core::ffi::c_void;
+use core::mem::offset_of;
 use core::ptr::addr_of_mut;
 
 use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
@@ -144,7 +145,7 @@ fn mark_slot(slot: &Slot, marking: &mut Marking) {
     marking.flags |= slot.flags;
     let Ok(newly_dirty) = set_bits(slot, range) else {
         marking.missing += 1;
-        bump(slot.id, |state| unsafe { addr_of_mut!((*state).errors) });
+        bump(slot.id, offset_of!(SlotState, errors));
         return;
     };
     // SAFETY: a plain read; volatile, so that the mask below is not optimized away.
@@ -270,7 +271,7 @@ fn record(slot: &Slot, range: BlockRange, kind: u32) -> bool {
             true
         }
         None => {
-            bump(slot.id, |state| unsafe { addr_of_mut!((*state).ring_full) });
+            bump(slot.id, offset_of!(SlotState, ring_full));
             false
         }
     }
@@ -292,17 +293,15 @@ fn whole_device(slots: &DiskSlots) {
         if i as u32 >= slots.count {
             break;
         }
-        bump(slots.slots[i].id, |state| unsafe {
-            addr_of_mut!((*state).whole_device)
-        });
+        bump(slots.slots[i].id, offset_of!(SlotState, whole_device));
     }
 }
 
-/// Adds one to a field of a slot's state.
+/// Adds one to the 64-bit field of a slot's state that starts at `offset`.
 #[inline(always)]
-pub(crate) fn bump(slot: u32, field: impl Fn(*mut SlotState) -> *mut u64) {
+pub(crate) fn bump(slot: u32, offset: usize) {
     if let Some(state) = STATE.get_ptr_mut(slot) {
-        // SAFETY: `field` points into the map value just looked up.
-        unsafe { atomic::add(field(state), 1) };
+        // SAFETY: `offset` is one of `offset_of!`, inside the map value just looked up; the verifier checks it.
+        unsafe { atomic::add(state.byte_add(offset).cast(), 1) };
     }
 }

@@ -192,21 +192,22 @@ mod tests {
             let capacity = Sectors::new(sectors);
             let blocks = block_size.blocks_in(capacity);
             let mut dirty = DirtyBlocks::default();
-            let mut model = vec![false; usize::try_from(blocks).unwrap()];
+            let at = |number: u64| usize::try_from(number).unwrap();
+            let mut model = vec![false; at(blocks)];
             for (first, length) in ranges {
                 let last = (first + length).min(blocks - 1);
                 if first >= blocks { continue; }
                 dirty.insert(first, last);
-                for b in first..=last { model[b as usize] = true; }
+                for b in first..=last { model[at(b)] = true; }
             }
             prop_assert_eq!(dirty.count(), model.iter().filter(|b| **b).count() as u64);
             prop_assert_eq!(dirty.is_empty(), !model.contains(&true));
-            let mut bytes = vec![false; capacity.bytes() as usize / 512];
+            let mut bytes = vec![false; at(capacity.count())];
             let mut previous_end = None;
             for extent in dirty.extents(block_size, capacity) {
                 prop_assert!(previous_end.is_none_or(|end| end < extent.offset), "not merged or not ascending");
                 previous_end = Some(extent.end());
-                for sector in extent.offset / 512..extent.end() / 512 { bytes[sector as usize] = true; }
+                for sector in extent.offset / 512..extent.end() / 512 { bytes[at(sector)] = true; }
             }
             for (sector, marked) in bytes.iter().enumerate() {
                 prop_assert_eq!(*marked, model[sector / 8]);
