@@ -12,11 +12,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use blksnap_agent::backup::{
-    self, BackupError, Control, Mode, Report, Sidecar, SidecarState, Taking, TargetError,
+    self, BackupError, Control, ImageSource, Mode, Report, Sidecar, SidecarDevice, SidecarState, Taking,
+    TargetError,
 };
 use blksnap_agent::disk::{BlockDevice, WatchdogCommand};
 use blksnap_agent::engine::{CancelToken, Phase, Progress, Silent};
 use blksnap_agent::filter::converge::{Consistency, FreezeHook, HookError, Limits, Stage};
+use blksnap_agent::snapshot::{Image, Snapshots, TakeOptions};
+use blksnap_agent::storage::DirStorage;
 use blksnap_agent::tracker::{Granularity, TrackedDevice, Tracker, TrackerConfig};
 use blksnap_agent::units::BlockSize;
 use blksnap_tests::{LoopDevice, LoopOptions, agent_binary, seed};
@@ -99,7 +102,7 @@ fn same(a: &Path, b: &Path) -> Result<()> {
 struct Bench {
     // Dropped in this order: the tracker lets go of the device before the device goes.
     device: Arc<TrackedDevice>,
-    _tracker: Arc<Tracker>,
+    tracker: Arc<Tracker>,
     directory: TempDir,
     limits: Limits,
 }
@@ -119,7 +122,7 @@ impl Bench {
         };
         Ok(Self {
             device: tracker.attach(BlockDevice::open(path)?, size)?,
-            _tracker: tracker,
+            tracker,
             directory: tempfile::Builder::new().prefix("blksnap-backup-").tempdir()?,
             limits,
         })
@@ -499,6 +502,60 @@ fn what_does_not_fit_is_full_and_says_why() -> Result<()> {
         "{reason}"
     );
     Ok(())
+}
+
+#[test]
+fn images_of_snapshots_and_the_device_in_turn() -> Result<()> {
+    let seed = seed("images and devices");
+    let mut disk = LoopDevice::new(64 * MIB)?;
+    disk.mkfs("ext4")?;
+    let mount = disk.mount()?;
+    let bench = Bench::new(disk.path())?;
+    let writer = Writer::start(mount.join("busy"), 8 * MIB, seed, Duration::from_millis(1));
+    let storage = bench.at("storage");
+    fs::create_dir(&storage)?;
+    let snapshots = Snapshots::new(Arc::clone(&bench.tracker));
+    let id = bench.device.device().id;
+    let snapshot = || -> Result<Arc<Image>> {
+        let created = snapshots.create(&[id], DirStorage::open(&storage)?)?;
+        let options = TakeOptions {
+            limits: bench.limits.clone(),
+            hook: None,
+        };
+        snapshots.take(created.id, options, Arc::new(Silent), CancelToken::new())?;
+        Ok(snapshots.image(created.id, id)?)
+    };
+    let of_image = |image: &Image| -> Result<String> {
+        let source = ImageSource {
+            device: &SidecarDevice::of(&image.device),
+            image: &image.file,
+            read_map: image.read_map.as_ref().context("the map is doubtful")?,
+            consistency: image.consistency,
+            frozen: image.frozen,
+        };
+        let control = Control {
+            progress: &Silent,
+            cancel: &CancelToken::new(),
+        };
+        let check = |target: &backup::Target| target.check_not_on(&image.device);
+        let report = backup::from_image(source, &bench.target(), true, check, control)?;
+        let mut bytes = vec![0; usize::try_from(image.size)?];
+        image.file.read_exact_at(&mut bytes, 0)?;
+        fs::write(bench.copy(), bytes)?;
+        same(&bench.target(), &bench.copy()).with_context(|| format!("{report:?}"))?;
+        Ok(kind(&report))
+    };
+    let early = snapshot()?;
+    ensure!(of_image(&early)? == "no_target");
+    ensure!(bench.right(true)? == "incremental");
+    let late = snapshot()?;
+    ensure!(of_image(&late)? == "incremental");
+    ensure!(of_image(&late)? == "incremental");
+    // The target is newer than this image.
+    ensure!(of_image(&early)? == "future_number");
+    ensure!(of_image(&late)? == "incremental");
+    ensure!(bench.right(true)? == "incremental");
+    writer.stop()
 }
 
 /// Cancels when the copy has begun.
