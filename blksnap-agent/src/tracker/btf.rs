@@ -45,7 +45,9 @@ pub enum BtfError {
         source: std::io::Error,
     },
     /// The bytes are no BTF of this byte order.
-    #[error("the kernel's type information is damaged at byte {0}")]
+    #[error(
+        "the kernel's type information is damaged at byte {0}; boot a kernel built with CONFIG_DEBUG_INFO_BTF by its own tools"
+    )]
     Damaged(usize),
     /// A type, member, enumerator or parameter is not there.
     #[error("the kernel's type information has no {0}; kernels 6.1 to 7.x are known to work")]

@@ -397,6 +397,15 @@ impl TrackedDevice {
         Ok(self.shared.object().reads(disk)? > before)
     }
 
+    /// Brings the change map up to what was queued until now. The period stays open.
+    pub fn refresh(&self) {
+        let mut state = self.state();
+        if !self.detached.load(Ordering::Acquire) {
+            let bits = state.bitmap.bits();
+            state.map.mark_bits(&bits);
+        }
+    }
+
     /// A record from the ring.
     pub(super) fn apply(&self, record: &Record) {
         let mut state = self.state();
