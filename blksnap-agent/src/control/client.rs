@@ -215,8 +215,23 @@ impl Client {
     }
 }
 
-/// `path` with a query string; everything but letters, digits and `-._~/` is escaped (RFC 3986, 2.3; `/` and
-/// `:` may stand in a query).
+/// `text` as it may stand in a query or behind a slash of a path: everything but letters, digits and `-._~/:` is
+/// escaped (RFC 3986, 2.1 and 3.4).
+#[must_use]
+pub fn encode(text: &str) -> String {
+    let mut encoded = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~/:".contains(&byte) {
+            encoded.push(char::from(byte));
+        } else {
+            // Writing to a string can't fail.
+            let _ = write!(encoded, "%{byte:02X}");
+        }
+    }
+    encoded
+}
+
+/// `path` with a query string.
 #[must_use]
 pub fn with_query(path: &str, query: &[(&str, &str)]) -> String {
     let mut text = path.to_owned();
@@ -224,14 +239,7 @@ pub fn with_query(path: &str, query: &[(&str, &str)]) -> String {
         text.push(if number == 0 { '?' } else { '&' });
         text.push_str(key);
         text.push('=');
-        for byte in value.bytes() {
-            if byte.is_ascii_alphanumeric() || b"-._~/:".contains(&byte) {
-                text.push(char::from(byte));
-            } else {
-                // Writing to a string can't fail.
-                let _ = write!(text, "%{byte:02X}");
-            }
-        }
+        text.push_str(&encode(value));
     }
     text
 }

@@ -208,7 +208,7 @@ async fn version(State(context): State<Context>) -> Answer<api::Version> {
 }
 
 async fn devices(State(context): State<Context>) -> Answer<api::Devices> {
-    answer(context, |service| service.devices()).await
+    answer(context, Service::devices).await
 }
 
 async fn attach(
@@ -252,7 +252,7 @@ async fn cbt_mark(State(context): State<Context>, Body(request): Body<api::Mark>
 }
 
 async fn snapshots(State(context): State<Context>) -> Answer<api::Snapshots> {
-    answer(context, |service| service.snapshots()).await
+    answer(context, Service::snapshots).await
 }
 
 async fn snapshot(State(context): State<Context>, Path(id): Path<String>) -> Answer<api::Snapshot> {
@@ -312,7 +312,7 @@ async fn backup(State(context): State<Context>, Body(request): Body<api::Backup>
 }
 
 async fn metrics(State(context): State<Context>) -> Result<Response, ApiError> {
-    let text = blocking(context, |service| service.metrics()).await?;
+    let text = blocking(context, Service::metrics).await?;
     Ok(([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response())
 }
 

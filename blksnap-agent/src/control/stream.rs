@@ -2,7 +2,7 @@
 //! `error`. When the client goes away, or the daemon stops, the work is cancelled.
 
 use std::convert::Infallible;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
@@ -21,12 +21,13 @@ const INTERVAL: Duration = Duration::from_millis(100);
 /// Lines that wait for a client that reads slowly; further progress is left out, never the last line.
 const QUEUE: usize = 16;
 
-/// What work gets to say how far it is, and to hear that nobody waits for it any more.
-#[derive(Debug)]
+/// What work gets to say how far it is, and to hear that nobody waits for it any more. The answer ends when the
+/// last clone is gone.
+#[derive(Clone, Debug)]
 pub struct Reporter {
     lines: mpsc::Sender<Bytes>,
     cancel: CancellationToken,
-    last: Mutex<Option<(String, Instant)>>,
+    last: Arc<Mutex<Option<(String, Instant)>>>,
 }
 
 impl Reporter {
@@ -102,7 +103,7 @@ where
     let reporter = Reporter {
         lines: sender.clone(),
         cancel: cancel.clone(),
-        last: Mutex::new(None),
+        last: Arc::default(),
     };
     let running = tokio::task::spawn_blocking(move || work(&reporter));
     tokio::spawn(async move {

@@ -1,1 +1,21 @@
-//! Daemon: the long-running process that owns trackers and snapshots.
+//! Daemon: the long-running process. It owns the tracker, the snapshots and both servers.
+//!
+//! - [`agent`]: the facade behind the control interface.
+//! - [`doctor`]: what the machine has and lacks.
+//!
+//! # Start and end
+//! A lock file in the runtime directory keeps a second daemon out, also one whose sockets look stale. The sockets
+//! come last, so that a client that can connect gets answers; only then is the service manager told `READY=1`.
+//! SIGTERM and SIGINT end it in the opposite order: work under way is cancelled (which thaws what it froze), then
+//! the exports go, the snapshots, the sockets, the programs. A daemon that is killed leaves no frozen file system
+//! either: see [`crate::disk::watchdog`].
+
+pub mod agent;
+pub mod doctor;
+mod errors;
+mod lifecycle;
+
+pub use lifecycle::{Config, DaemonError, run};
+
+/// Directory of the difference storage unless told otherwise.
+pub const STORAGE: &str = "/var/lib/blksnap/storage";

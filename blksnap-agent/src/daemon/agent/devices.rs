@@ -1,0 +1,219 @@
+//! Devices: attach, detach, status, and the change maps.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use blksnap_common::track::OpKind;
+
+use super::super::errors::Tell as _;
+use super::{Agent, Purpose};
+use crate::cbt::{Base, ChangedReport, FullReason, MapError};
+use crate::control::api;
+use crate::control::error::{ApiError, Code};
+use crate::tracker::{Granularity, TrackedDevice};
+use crate::units::{BlockSize, Sectors};
+
+impl Agent {
+    pub(super) fn list_devices(&self) -> Result<api::Devices, ApiError> {
+        let mut devices = self
+            .tracker
+            .devices()
+            .iter()
+            .map(Self::status_of)
+            .collect::<Result<Vec<_>, _>>()?;
+        devices.sort_by(|a, b| a.device.cmp(&b.device));
+        Ok(api::Devices { devices })
+    }
+
+    pub(super) fn attach_device(&self, request: &api::Attach) -> Result<api::DeviceStatus, ApiError> {
+        let path = &request.device;
+        let action = format!("attach {path}");
+        let device = Self::open(path, "attach")?;
+        let granularity = match request.block_size {
+            None => Granularity::Adaptive(self.parameters),
+            Some(bytes) => Granularity::Fixed(
+                BlockSize::from_bytes(bytes)
+                    .map_err(|error| ApiError::of(Code::InvalidRequest, &action, &error))?,
+            ),
+        };
+        let tracked = self
+            .tracker
+            .attach(device, granularity)
+            .map_err(|error| error.tell(&action))?;
+        tracing::info!(
+            device = %tracked.device().path.display(),
+            block_size = tracked.block_size().bytes(),
+            "attached"
+        );
+        Self::status_of(&tracked)
+    }
+
+    pub(super) fn detach_device(&self, request: &api::DeviceName) -> Result<(), ApiError> {
+        let device = self.tracked(&request.device, "detach")?;
+        let _claim = self.claim(&[device.device()], Purpose::Detach, "detach")?;
+        self.tracker
+            .detach(device.device().id)
+            .map_err(|error| error.tell(format_args!("detach {}", request.device)))?;
+        tracing::info!(device = %device.device().path.display(), "detached");
+        Ok(())
+    }
+
+    fn status_of(tracked: &Arc<TrackedDevice>) -> Result<api::DeviceStatus, ApiError> {
+        let device = tracked.device();
+        let path = device.path.display().to_string();
+        let action = format!("show {path}");
+        let counters = tracked.counters().map_err(|error| error.tell(&action))?;
+        let by_kind = |values: [u64; _]| -> BTreeMap<String, u64> {
+            OpKind::ALL
+                .iter()
+                .map(|kind| kind.label().to_owned())
+                .zip(values)
+                .collect()
+        };
+        // A device that is gone has no mounts that could be found.
+        let mounts = device.mounts().unwrap_or_default();
+        Ok(api::DeviceStatus {
+            name: device.name.clone(),
+            id: device.id,
+            disk: device.disk_name.clone(),
+            capacity: device.capacity.bytes(),
+            mounts: mounts
+                .into_iter()
+                .map(|mount| api::Mount {
+                    mountpoint: mount.mountpoint.display().to_string(),
+                    fs_type: mount.fs_type,
+                })
+                .collect(),
+            cbt: Self::cbt_of(tracked),
+            counters: api::Counters {
+                operations: by_kind(counters.ops),
+                bytes: by_kind(counters.bytes),
+                ring_records: counters.records,
+                ring_full: counters.ring_full,
+                run_misses: counters.run_misses,
+                resets: counters
+                    .resets
+                    .iter()
+                    .map(|(reason, count)| (reason.code().to_owned(), *count))
+                    .collect(),
+            },
+            device: path,
+        })
+    }
+
+    pub(super) fn cbt_of(tracked: &Arc<TrackedDevice>) -> api::CbtInfo {
+        tracked.refresh();
+        tracked.check_doubt();
+        let (info, active) = tracked.with_map(|map| (map.info(), map.active()));
+        api::CbtInfo {
+            device: tracked.device().path.display().to_string(),
+            device_capacity: info.device_capacity,
+            block_size: info.block_size,
+            block_count: info.block_count,
+            generation_id: info.generation,
+            changes_number: info.changes_number,
+            active_number: active,
+            dirty_blocks: info.dirty_blocks,
+            began: info.began,
+            corrupted: info.corrupted,
+        }
+    }
+
+    pub(super) fn changes(&self, request: &api::ChangesQuery) -> Result<ChangedReport, ApiError> {
+        let device = self.tracked(&request.device, "list the changes of")?;
+        device.check_doubt();
+        let base = Base {
+            generation: request.generation,
+            number: request.number,
+        };
+        let map = device.with_map(|map| map.frozen());
+        Ok(ChangedReport::since(map, &base))
+    }
+
+    pub(super) fn read_map(&self, request: &api::MapQuery) -> Result<Bytes, ApiError> {
+        let action = "read the change map of";
+        let device = self.tracked(&request.device, action)?;
+        device.check_doubt();
+        let map = device.with_map(|map| map.frozen()).map_err(|full| {
+            let (code, remedy) = match full.reason {
+                FullReason::NotTaken => (
+                    Code::NoTake,
+                    "take a snapshot or make a backup of it first: the map is of the last take",
+                ),
+                _ => (
+                    Code::Corrupted,
+                    "make a full backup: the next take begins a new map",
+                ),
+            };
+            ApiError::new(code, format!("{action} {}: {full}", request.device), remedy)
+        })?;
+        let all = map.bytes().len() as u64;
+        let end = match request.length {
+            Some(length) => request.offset.checked_add(length),
+            None => Some(all),
+        };
+        let range = end
+            .filter(|end| *end <= all && request.offset <= *end)
+            .and_then(|end| Some((usize::try_from(request.offset).ok()?, usize::try_from(end).ok()?)));
+        let Some((start, end)) = range else {
+            return Err(ApiError::new(
+                Code::OutOfRange,
+                format!(
+                    "{action} {}: the range ends past its {all} blocks",
+                    request.device
+                ),
+                "ask for a range within the map",
+            ));
+        };
+        if (start, end) == (0, map.bytes().len()) {
+            // No copy: the bytes live as long as the answer.
+            struct Shared(Arc<crate::cbt::ReadMap>);
+            impl AsRef<[u8]> for Shared {
+                fn as_ref(&self) -> &[u8] {
+                    self.0.bytes()
+                }
+            }
+            return Ok(Bytes::from_owner(Shared(map)));
+        }
+        Ok(Bytes::copy_from_slice(&map.bytes()[start..end]))
+    }
+
+    pub(super) fn mark(&self, request: &api::Mark) -> Result<api::Marked, ApiError> {
+        let action = format!("mark ranges of {}", request.device);
+        let device = self.tracked(&request.device, "mark ranges of")?;
+        let capacity = device.device().capacity;
+        let mut ranges = Vec::with_capacity(request.ranges.len());
+        for range in &request.ranges {
+            let end = range.offset.checked_add(range.length);
+            let Some(end) = end.filter(|end| range.length > 0 && *end <= capacity.bytes()) else {
+                return Err(ApiError::new(
+                    Code::OutOfRange,
+                    format!(
+                        "{action}: {}:{} is empty or ends past its {} bytes",
+                        range.offset,
+                        range.length,
+                        capacity.bytes()
+                    ),
+                    "give OFFSET:LENGTH within the device; nothing was marked",
+                ));
+            };
+            let start = range.offset / crate::units::SECTOR_BYTES;
+            let end = end.div_ceil(crate::units::SECTOR_BYTES);
+            ranges.push((Sectors::new(start), Sectors::new(end - start)));
+        }
+        let shift = device.block_size().sector_shift();
+        let mut blocks = 0;
+        device
+            .with_map(|map| {
+                for (start, count) in &ranges {
+                    map.mark_both(*start, *count)?;
+                    let last = (start.count() + count.count() - 1) >> shift;
+                    blocks += last - (start.count() >> shift) + 1;
+                }
+                Ok::<_, MapError>(())
+            })
+            .map_err(|error| ApiError::of(Code::OutOfRange, &action, &error))?;
+        Ok(api::Marked { blocks })
+    }
+}

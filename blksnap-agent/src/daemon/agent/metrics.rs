@@ -1,0 +1,111 @@
+//! Metrics: the sample that `/metrics` shows.
+
+use std::sync::{Mutex, PoisonError};
+
+use blksnap_common::track::OpKind;
+
+use super::super::doctor;
+use super::Agent;
+use crate::cbt::ResetReason;
+use crate::control::api::SnapshotState;
+use crate::control::error::{ApiError, Code};
+use crate::telemetry::metrics::{self, DeviceSample, NbdSample, Sample, TakeSample};
+
+/// Takes since the start.
+#[derive(Debug, Default)]
+pub(super) struct Takes(Mutex<TakeSample>);
+
+impl Takes {
+    /// A take that ended well.
+    pub(super) fn succeeded(&self, frozen_seconds: f64, copied_bytes: u64) {
+        let mut takes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        takes.succeeded += 1;
+        takes.frozen_seconds += frozen_seconds;
+        takes.copied_bytes += copied_bytes;
+    }
+
+    /// One that did not.
+    pub(super) fn failed(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).failed += 1;
+    }
+
+    fn sample(&self) -> TakeSample {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Agent {
+    pub(super) fn render_metrics(&self) -> Result<String, ApiError> {
+        let devices = self
+            .tracker
+            .devices()
+            .iter()
+            .filter_map(|device| {
+                // A device that is detached at this moment has no counters any more.
+                let counters = device.counters().ok()?;
+                let info = device.with_map(|map| map.info());
+                Some(DeviceSample {
+                    device: device.device().name.clone(),
+                    capacity: info.device_capacity,
+                    block_size: info.block_size,
+                    dirty_blocks: info.dirty_blocks,
+                    changes_number: info.changes_number,
+                    operations: OpKind::ALL
+                        .iter()
+                        .zip(counters.ops)
+                        .zip(counters.bytes)
+                        .map(|((kind, operations), bytes)| (kind.label(), operations, bytes))
+                        .collect(),
+                    resets: ResetReason::ALL
+                        .iter()
+                        .map(|reason| {
+                            (
+                                reason.code(),
+                                counters.resets.get(reason).copied().unwrap_or_default(),
+                            )
+                        })
+                        .collect(),
+                    ring_records: counters.records,
+                    ring_full: counters.ring_full,
+                    run_misses: counters.run_misses,
+                })
+            })
+            .collect();
+        let snapshots = self.list_snapshots()?.snapshots;
+        let by_state = |state| {
+            snapshots
+                .iter()
+                .filter(|snapshot| snapshot.state == state)
+                .count() as u64
+        };
+        let nbd = self.nbd_counters.snapshot();
+        metrics::render(Sample {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel: doctor::release(),
+            devices,
+            snapshots: SnapshotState::ALL
+                .iter()
+                .map(|state| (state.label(), by_state(*state)))
+                .collect(),
+            storage_bytes: snapshots.iter().map(|snapshot| snapshot.storage_bytes).sum(),
+            takes: self.takes.sample(),
+            nbd: NbdSample {
+                connections: nbd.connections_open,
+                exports: self.exports.names().len() as u64,
+                requests: nbd
+                    .requests
+                    .iter()
+                    .map(|(command, count)| (command.name(), *count))
+                    .chain([("unknown", nbd.requests_unknown)])
+                    .collect(),
+                read_bytes: nbd.bytes_read,
+                errors: nbd
+                    .errors
+                    .iter()
+                    .map(|(error, count)| (error.name(), *count))
+                    .collect(),
+            },
+        })
+        .map_err(|error| ApiError::of(Code::Io, "show the metrics", &error))
+    }
+}

@@ -1,0 +1,247 @@
+//! Agent: what the daemon does for its clients, on top of tracker, snapshots, backups and exports.
+//!
+//! Every call comes on a thread of its own and may block. Nothing long happens under a lock: a take or a backup
+//! claims its devices instead, so that nobody detaches them, and everybody else is answered at once.
+
+mod backups;
+mod claims;
+mod devices;
+mod metrics;
+mod snapshots;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use blksnap_common::track::ABI_VERSION;
+
+use self::claims::{Claim, Claimed, Claims, Purpose};
+use self::metrics::Takes;
+use super::doctor;
+use super::errors::Tell as _;
+use super::lifecycle::Config;
+use crate::cbt::{ChangedReport, TrackingParams};
+use crate::control::api;
+use crate::control::error::{ApiError, Code};
+use crate::control::server::Service;
+use crate::control::stream::Reporter;
+use crate::disk::BlockDevice;
+use crate::nbd::counters::Counters;
+use crate::nbd::registry::Exports;
+use crate::snapshot::Snapshots;
+use crate::tracker::{TrackedDevice, Tracker};
+use crate::units::SnapshotId;
+
+/// The facade behind the control interface.
+pub struct Agent {
+    tracker: Arc<Tracker>,
+    parameters: TrackingParams,
+    snapshots: Snapshots,
+    storage: PathBuf,
+    nbd_socket: PathBuf,
+    exports: Arc<Exports>,
+    nbd_counters: Arc<Counters>,
+    claims: Claims,
+    takes: Takes,
+}
+
+impl Agent {
+    /// An agent without devices and snapshots.
+    pub(super) fn new(
+        config: &Config,
+        tracker: Arc<Tracker>,
+        exports: Arc<Exports>,
+        nbd_counters: Arc<Counters>,
+    ) -> Self {
+        Self {
+            snapshots: Snapshots::new(Arc::clone(&tracker)),
+            tracker,
+            parameters: config.parameters,
+            storage: config.storage.clone(),
+            nbd_socket: config.nbd_socket.clone(),
+            exports,
+            nbd_counters,
+            claims: Claims::default(),
+            takes: Takes::default(),
+        }
+    }
+
+    /// The device at `path` as the kernel knows it now.
+    fn open(path: &str, action: &str) -> Result<BlockDevice, ApiError> {
+        if !path.starts_with('/') {
+            return Err(ApiError::new(
+                Code::InvalidRequest,
+                format!("{action} {path}: not an absolute path"),
+                "give a path such as /dev/sdb1",
+            ));
+        }
+        BlockDevice::open(Path::new(path)).map_err(|error| error.tell(format_args!("{action} {path}")))
+    }
+
+    /// The tracked device at `path`.
+    fn tracked(&self, path: &str, action: &str) -> Result<Arc<TrackedDevice>, ApiError> {
+        let device = Self::open(path, action)?;
+        self.tracker.device(device.id).ok_or_else(|| {
+            ApiError::new(
+                Code::NotAttached,
+                format!("{action} {path}: it is not tracked"),
+                format!("attach it with `blksnap-agent attach {path}`"),
+            )
+        })
+    }
+
+    /// The tracked device at `path`, which is attached where it was not.
+    fn ensure_tracked(&self, path: &str, action: &str) -> Result<Ensured<'_>, ApiError> {
+        let device = Self::open(path, action)?;
+        if let Some(device) = self.tracker.device(device.id) {
+            return Ok(Ensured {
+                agent: self,
+                device,
+                attached_here: false,
+            });
+        }
+        let device = self
+            .tracker
+            .attach(device, crate::tracker::Granularity::Adaptive(self.parameters))
+            .map_err(|error| error.tell(format_args!("{action} {path}")))?;
+        tracing::info!(device = %device.device().path.display(), "attached for {action}");
+        Ok(Ensured {
+            agent: self,
+            device,
+            attached_here: true,
+        })
+    }
+
+    fn claim(&self, devices: &[&BlockDevice], purpose: Purpose, action: &str) -> Result<Claim, ApiError> {
+        let ids: Vec<_> = devices.iter().map(|device| device.id).collect();
+        self.claims
+            .claim(&ids, purpose)
+            .map_err(|Claimed { device, purpose }| {
+                let path = devices
+                    .iter()
+                    .find(|known| known.id == device)
+                    .map_or_else(|| device.to_string(), |known| known.path.display().to_string());
+                ApiError::new(
+                    Code::Busy,
+                    format!("{action} {path}: {purpose}"),
+                    "wait for its end, or end the command that does it",
+                )
+            })
+    }
+}
+
+/// A tracked device. If it was attached for a piece of work that then fails, it is detached again.
+struct Ensured<'a> {
+    agent: &'a Agent,
+    device: Arc<TrackedDevice>,
+    attached_here: bool,
+}
+
+impl Ensured<'_> {
+    /// The work was done: the device stays tracked.
+    fn keep(mut self) {
+        self.attached_here = false;
+    }
+}
+
+impl Drop for Ensured<'_> {
+    fn drop(&mut self) {
+        if !self.attached_here {
+            return;
+        }
+        let id = self.device.device().id;
+        // Somebody else may have found it attached meanwhile, and works on it.
+        if let Ok(_claim) = self.agent.claims.claim(&[id], Purpose::Detach)
+            && let Err(error) = self.agent.tracker.detach(id)
+        {
+            tracing::warn!(%error, "a device that was attached in vain stays attached");
+        }
+    }
+}
+
+impl Service for Agent {
+    fn version(&self) -> api::Version {
+        api::Version {
+            name: env!("CARGO_PKG_NAME").to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            api: api::API_VERSION,
+            abi: ABI_VERSION,
+            kernel: doctor::release(),
+            pid: std::process::id(),
+        }
+    }
+
+    fn devices(&self) -> Result<api::Devices, ApiError> {
+        self.list_devices()
+    }
+
+    fn attach(&self, request: &api::Attach) -> Result<api::DeviceStatus, ApiError> {
+        self.attach_device(request)
+    }
+
+    fn detach(&self, request: &api::DeviceName) -> Result<(), ApiError> {
+        self.detach_device(request)
+    }
+
+    fn cbt_info(&self, request: &api::DeviceName) -> Result<api::CbtInfo, ApiError> {
+        let device = self.tracked(&request.device, "show the change map of")?;
+        Ok(Self::cbt_of(&device))
+    }
+
+    fn cbt_extents(&self, request: &api::ChangesQuery) -> Result<ChangedReport, ApiError> {
+        self.changes(request)
+    }
+
+    fn cbt_map(&self, request: &api::MapQuery) -> Result<Bytes, ApiError> {
+        self.read_map(request)
+    }
+
+    fn cbt_mark(&self, request: &api::Mark) -> Result<api::Marked, ApiError> {
+        self.mark(request)
+    }
+
+    fn snapshots(&self) -> Result<api::Snapshots, ApiError> {
+        self.list_snapshots()
+    }
+
+    fn snapshot(&self, id: SnapshotId) -> Result<api::Snapshot, ApiError> {
+        self.show_snapshot(id)
+    }
+
+    fn snapshot_create(&self, request: &api::CreateSnapshot) -> Result<api::Snapshot, ApiError> {
+        self.create_snapshot(request)
+    }
+
+    fn snapshot_add(&self, id: SnapshotId, request: &api::DeviceName) -> Result<api::Snapshot, ApiError> {
+        self.add_to_snapshot(id, request)
+    }
+
+    fn snapshot_take(
+        &self,
+        id: SnapshotId,
+        limits: &api::Limits,
+        reporter: &Reporter,
+    ) -> Result<api::Snapshot, ApiError> {
+        self.take_snapshot(id, limits, reporter)
+    }
+
+    fn snapshot_create_and_take(
+        &self,
+        request: &api::TakeSnapshot,
+        reporter: &Reporter,
+    ) -> Result<api::Snapshot, ApiError> {
+        self.create_and_take_snapshot(request, reporter)
+    }
+
+    fn snapshot_destroy(&self, id: SnapshotId) -> Result<(), ApiError> {
+        self.destroy_snapshot(id)
+    }
+
+    fn backup(&self, request: &api::Backup, reporter: &Reporter) -> Result<api::BackupResult, ApiError> {
+        self.make_backup(request, reporter)
+    }
+
+    fn metrics(&self) -> Result<String, ApiError> {
+        self.render_metrics()
+    }
+}

@@ -1,0 +1,148 @@
+//! Errors: from those of the modules below to what a client is told.
+
+use crate::backup::{BackupError, TargetError};
+use crate::control::error::{ApiError, Code};
+use crate::disk::DiskError;
+use crate::engine::CopyError;
+use crate::filter::converge::ConvergeError;
+use crate::snapshot::SnapshotError;
+use crate::statefile::StateFileError;
+use crate::storage::StorageError;
+use crate::tracker::TrackerError;
+
+/// An error of a module, about `action` on something.
+pub(super) trait Tell {
+    /// The kind of the error.
+    fn code(&self) -> Code;
+
+    /// The error as a client is told it.
+    fn tell(&self, action: impl std::fmt::Display) -> ApiError
+    where
+        Self: std::error::Error + Sized,
+    {
+        ApiError::of(self.code(), action, self)
+    }
+}
+
+impl Tell for DiskError {
+    fn code(&self) -> Code {
+        match self {
+            Self::NoDevice { .. } | Self::Empty { .. } | Self::NoDiskNode { .. } | Self::Replaced { .. } => {
+                Code::NoDevice
+            }
+            Self::NotBlock { .. } => Code::NotBlockDevice,
+            _ => Code::Io,
+        }
+    }
+}
+
+impl Tell for TrackerError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Already(_) => Code::Already,
+            Self::NotAttached(_) => Code::NotAttached,
+            Self::Full { .. } => Code::Busy,
+            Self::TooManyBlocks { .. } | Self::RingSize(_) | Self::Unit(_) => Code::InvalidRequest,
+            Self::HookDead(_) => Code::Unsupported,
+            Self::Disk(error) => error.code(),
+            Self::Btf(_) | Self::Load(_) => Code::System,
+            Self::Map { .. } | Self::Io { .. } => Code::Io,
+        }
+    }
+}
+
+impl Tell for StorageError {
+    fn code(&self) -> Code {
+        match self {
+            Self::NotDirectory { .. } => Code::InvalidRequest,
+            Self::Directory { source, .. } | Self::Create { source, .. } => of_io(source),
+        }
+    }
+}
+
+impl Tell for CopyError {
+    fn code(&self) -> Code {
+        match self {
+            _ if self.is_no_space() => Code::NoSpace,
+            Self::Cancelled => Code::Cancelled,
+            Self::Late => Code::NotConverging,
+            _ => Code::Io,
+        }
+    }
+}
+
+impl Tell for ConvergeError {
+    fn code(&self) -> Code {
+        match self {
+            Self::NoDevice | Self::Twice(_) | Self::SinkFrozen { .. } => Code::InvalidRequest,
+            Self::Tracker(error) => error.code(),
+            Self::Disk(error) => error.code(),
+            Self::Freeze(_) => Code::Io,
+            Self::Copy(error) => error.code(),
+            Self::Hook(_) => Code::Hook,
+            Self::FullNeeded(_) | Self::Doubt { .. } => Code::Corrupted,
+            Self::NotConverging { .. } | Self::NeverQuiet { .. } | Self::NotFollowed { .. } => {
+                Code::NotConverging
+            }
+            Self::Cancelled => Code::Cancelled,
+        }
+    }
+}
+
+impl Tell for SnapshotError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Unknown(_) => Code::UnknownSnapshot,
+            Self::Empty(_) => Code::InvalidRequest,
+            Self::AlreadyAdded { .. } | Self::AlreadyTaken(_) => Code::Already,
+            Self::NotTaken(_) => Code::NotTaken,
+            Self::NotTracked(_) => Code::NotAttached,
+            Self::Storage(error) => error.code(),
+            Self::Tracker(error) => error.code(),
+            Self::Converge(error) => error.code(),
+            Self::Defect(_) => Code::Io,
+        }
+    }
+}
+
+impl Tell for StateFileError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Io { source, .. } => of_io(source),
+            _ => Code::Corrupted,
+        }
+    }
+}
+
+impl Tell for TargetError {
+    fn code(&self) -> Code {
+        match self {
+            Self::NotFile { .. } | Self::OnDevice { .. } | Self::IsDevice { .. } => Code::InvalidRequest,
+            Self::Busy { .. } => Code::Busy,
+            Self::Io { source, .. } => of_io(source),
+            Self::Disk(error) => error.code(),
+            Self::Sidecar(error) => error.code(),
+        }
+    }
+}
+
+impl Tell for BackupError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Target(error) => error.code(),
+            Self::Sidecar(error) => error.code(),
+            Self::Copy(error) => error.code(),
+            Self::Converge(error) => error.code(),
+            Self::Tracker(error) => error.code(),
+            Self::Image { source, .. } => of_io(source),
+            Self::ImageLength { .. } => Code::Corrupted,
+        }
+    }
+}
+
+fn of_io(source: &std::io::Error) -> Code {
+    match source.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Code::NoSpace,
+        _ => Code::Io,
+    }
+}

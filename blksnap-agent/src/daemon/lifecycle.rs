@@ -1,0 +1,298 @@
+//! Lifecycle: start, wait for a signal, end.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::agent::Agent;
+use crate::cbt::TrackingParams;
+use crate::control::directory::{DirectoryError, RuntimeDirectory};
+use crate::control::{Service, server};
+use crate::nbd::registry::Exports;
+use crate::nbd::server::{Server, ServerLimits};
+use crate::nbd::socket::{self as nbd_socket, SocketName};
+use crate::tracker::{Tracker, TrackerConfig, TrackerError};
+
+/// Longest wait for requests that were cancelled at the end.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Longest wait for threads that are still busy after that.
+const THREADS: Duration = Duration::from_secs(5);
+
+/// Name of the lock file in the runtime directory.
+const LOCK: &str = "daemon.lock";
+
+/// What a daemon is told at its start. All paths are absolute.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Directory of the sockets.
+    pub runtime_dir: PathBuf,
+    /// The control socket.
+    pub control_socket: PathBuf,
+    /// The NBD socket.
+    pub nbd_socket: PathBuf,
+    /// Directory of the difference storage of snapshots that name none.
+    pub storage: PathBuf,
+    /// Address for `/metrics` over TCP, a loopback one.
+    pub metrics_listen: Option<SocketAddr>,
+    /// How the size of tracking blocks follows from the capacity.
+    pub parameters: TrackingParams,
+    /// The tracker.
+    pub tracker: TrackerConfig,
+}
+
+/// The daemon can't start, or ended by an error.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The runtime directory can't be used.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    /// Another daemon has the runtime directory.
+    #[error("start the daemon: another one uses {}; stop it, or choose another --runtime-dir", .0.display())]
+    Running(PathBuf),
+    /// The lock file can't be made.
+    #[error("lock {}: {source}", path.display())]
+    Lock {
+        /// The lock file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The directory of the difference storage can't be used.
+    #[error("use the storage directory {}: {source}; choose another one with --storage", path.display())]
+    Storage {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Metrics have no access control.
+    #[error(
+        "serve metrics on {0}: not a loopback address, and anybody could read them; use 127.0.0.1 or ::1"
+    )]
+    NotLoopback(SocketAddr),
+    /// The port can't be had.
+    #[error("serve metrics on {address}: {source}; choose another port")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// The tracking programs can't be loaded.
+    #[error(transparent)]
+    Tracker(#[from] TrackerError),
+    /// A socket can't be made.
+    #[error(transparent)]
+    Socket(#[from] nbd_socket::SocketError),
+    /// The runtime, its signals or the server failed.
+    #[error("run the daemon: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Keeps other daemons out of a directory. The file goes with it.
+#[derive(Debug)]
+struct DirectoryLock {
+    path: PathBuf,
+    _file: Flock<File>,
+}
+
+impl DirectoryLock {
+    fn take(directory: &Path) -> Result<Self, DaemonError> {
+        let path = directory.join(LOCK);
+        let wrong = |source: io::Error| DaemonError::Lock {
+            path: path.clone(),
+            source,
+        };
+        loop {
+            let file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)
+                .map_err(wrong)?;
+            let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(file) => file,
+                Err((_, Errno::EWOULDBLOCK)) => return Err(DaemonError::Running(directory.to_owned())),
+                Err((_, errno)) => return Err(wrong(errno.into())),
+            };
+            // The daemon before may have removed the file between our open and our lock.
+            let ours = file.metadata().map_err(wrong)?;
+            if fs::metadata(&path).is_ok_and(|now| (now.dev(), now.ino()) == (ours.dev(), ours.ino())) {
+                return Ok(Self { path, _file: file });
+            }
+        }
+    }
+}
+
+impl Drop for DirectoryLock {
+    fn drop(&mut self) {
+        // Still locked, so that it is ours. A file that stays does no harm.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Runs the daemon until SIGTERM, SIGINT or SIGHUP.
+///
+/// # Errors
+/// It can't start: nothing is left behind then.
+pub fn run(config: &Config) -> Result<(), DaemonError> {
+    let metrics = config.metrics_listen.map(listen_metrics).transpose()?;
+    // Dropped in the opposite order: the lock file, then the directory.
+    let _directory = RuntimeDirectory::prepare(&config.runtime_dir)?;
+    let _lock = DirectoryLock::take(&config.runtime_dir)?;
+    let tracker = Tracker::load(&config.tracker)?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&config.storage)
+        .map_err(|source| DaemonError::Storage {
+            path: config.storage.clone(),
+            source,
+        })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .thread_name("blksnap")
+        .enable_all()
+        .build()?;
+    let ended = runtime.block_on(serve(config, tracker, metrics));
+    runtime.shutdown_timeout(THREADS);
+    ended
+}
+
+fn listen_metrics(address: SocketAddr) -> Result<TcpListener, DaemonError> {
+    if !address.ip().is_loopback() {
+        return Err(DaemonError::NotLoopback(address));
+    }
+    TcpListener::bind(address).map_err(|source| DaemonError::Listen { address, source })
+}
+
+/// The signals that end the daemon.
+struct Signals([Signal; 3]);
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self([
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::hangup())?,
+        ]))
+    }
+
+    /// The name of the one that came.
+    async fn wait(&mut self) -> &'static str {
+        let [terminate, interrupt, hangup] = &mut self.0;
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            _ = hangup.recv() => "SIGHUP",
+        }
+    }
+}
+
+async fn serve(
+    config: &Config,
+    tracker: Arc<Tracker>,
+    metrics: Option<TcpListener>,
+) -> Result<(), DaemonError> {
+    let mut signals = Signals::listen()?;
+    let stop = CancellationToken::new();
+    let exports = Arc::new(Exports::new());
+    let nbd = Server::start(&config.nbd_socket, Arc::clone(&exports), &ServerLimits::default())?;
+    let agent = Arc::new(Agent::new(config, tracker, exports, nbd.counters()));
+    let service: Arc<dyn Service> = Arc::<Agent>::clone(&agent);
+    let (control, name): (_, SocketName) = match nbd_socket::listen_on(&config.control_socket) {
+        Ok(made) => made,
+        Err(error) => {
+            nbd.stop().await;
+            return Err(error.into());
+        }
+    };
+    let mut serving = tokio::spawn(server::serve_unix(
+        control,
+        server::router(Arc::clone(&service), stop.clone()),
+        stop.clone(),
+    ));
+    if let Some(listener) = metrics {
+        let router = server::metrics_router(service, stop.clone());
+        tokio::spawn(server::serve_tcp(listener, router, stop.clone()));
+    }
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        control = %config.control_socket.display(),
+        nbd = %config.nbd_socket.display(),
+        storage = %config.storage.display(),
+        "ready"
+    );
+    notify(&[NotifyState::Ready]);
+
+    let failed = tokio::select! {
+        signal = signals.wait() => {
+            tracing::info!(signal, "ends");
+            None
+        }
+        ended = &mut serving => Some(ended.map_err(io::Error::other).and_then(|served| served)),
+    };
+    notify(&[NotifyState::Stopping]);
+    drop(name);
+    stop.cancel();
+    if failed.is_none() && tokio::time::timeout(GRACE, &mut serving).await.is_err() {
+        tracing::warn!(grace = ?GRACE, "requests under way are left alone");
+    }
+    if let Err(error) = tokio::task::spawn_blocking(move || agent.end()).await {
+        tracing::error!(%error, "the end of the snapshots failed");
+    }
+    nbd.stop().await;
+    match failed {
+        Some(Err(error)) => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Tells the service manager, where there is one.
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::warn!(%error, "the service manager was not told");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_has_one_daemon() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = DirectoryLock::take(directory.path()).unwrap();
+        assert!(matches!(
+            DirectoryLock::take(directory.path()),
+            Err(DaemonError::Running(_))
+        ));
+        drop(first);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+        DirectoryLock::take(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn metrics_are_for_this_machine_only() {
+        for address in ["0.0.0.0:0", "192.0.2.1:9", "[::]:0"] {
+            assert!(matches!(
+                listen_metrics(address.parse().unwrap()),
+                Err(DaemonError::NotLoopback(_))
+            ));
+        }
+        let listener = listen_metrics("127.0.0.1:0".parse().unwrap()).unwrap();
+        let again = listen_metrics(listener.local_addr().unwrap());
+        assert!(matches!(again, Err(DaemonError::Listen { .. })));
+    }
+}
