@@ -1,0 +1,186 @@
+//! `cbt info`, `extents`, `map` and `mark`.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+
+use super::args::Cbt;
+use super::device::select;
+use super::size::human;
+use super::table::{Align, Table};
+use super::{Context, absolute, write_out};
+use crate::cbt::ChangedAnswer;
+use crate::control::api::{self, CbtInfo};
+use crate::control::client::with_query;
+use crate::units::Extent;
+
+pub(super) async fn run(context: &Context, command: &Cbt) -> Result<()> {
+    match command {
+        Cbt::Info { devices } => {
+            let devices = select(context, devices).await?.devices;
+            let maps: Vec<CbtInfo> = devices.into_iter().map(|device| device.cbt).collect();
+            context.print(&maps, |maps| info(maps))
+        }
+        Cbt::Extents { device, since } => {
+            let (generation, number) = (since.generation.to_string(), since.number.to_string());
+            let device = absolute(device)?;
+            let path = with_query(
+                "/v1/cbt/extents",
+                &[
+                    ("device", &device),
+                    ("generation", &generation),
+                    ("number", &number),
+                ],
+            );
+            let answer: ChangedAnswer = context.client.get(&path).await?;
+            context.print(&answer, extents)
+        }
+        Cbt::Map { device, file } => map(context, device, file.as_deref()).await,
+        Cbt::Mark { device, ranges } => {
+            let request = api::Mark {
+                device: absolute(device)?,
+                ranges: ranges.clone(),
+            };
+            let marked: api::Marked = context.client.post("/v1/cbt/mark", &request).await?;
+            context.print(&marked, |marked| {
+                format!("{}: {} blocks marked", request.device, marked.blocks)
+            })
+        }
+    }
+}
+
+fn info(maps: &[CbtInfo]) -> String {
+    let mut table = Table::new([
+        ("DEVICE", Align::Left),
+        ("SIZE", Align::Right),
+        ("BLOCK", Align::Right),
+        ("BLOCKS", Align::Right),
+        ("DIRTY", Align::Right),
+        ("GENERATION:NUMBER", Align::Left),
+        ("STATE", Align::Left),
+    ]);
+    for map in maps {
+        table.row([
+            map.device.clone(),
+            human(map.device_capacity),
+            human(map.block_size),
+            map.block_count.to_string(),
+            map.dirty_blocks.to_string(),
+            format!("{}:{}", map.generation_id, map.changes_number),
+            map.corrupted.as_ref().map_or_else(
+                || "right".to_owned(),
+                |reason| format!("full needed: {}", reason.code()),
+            ),
+        ]);
+    }
+    table.text()
+}
+
+fn extents(answer: &ChangedAnswer) -> String {
+    match answer {
+        ChangedAnswer::Changed {
+            generation,
+            number,
+            extents,
+            ..
+        } => {
+            let mut table = Table::new([("OFFSET", Align::Right), ("LENGTH", Align::Right)]);
+            for Extent { offset, length } in extents {
+                table.row([offset.to_string(), length.to_string()]);
+            }
+            let bytes = extents.iter().map(|extent| extent.length).sum();
+            let mut text = table.text();
+            // Writing to a string can't fail.
+            let _ = writeln!(
+                text,
+                "{} extents, {}, up to {generation}:{number}",
+                extents.len(),
+                human(bytes)
+            );
+            text
+        }
+        ChangedAnswer::Full { full_needed } => {
+            format!("full needed ({}): {}\n", full_needed.reason, full_needed.detail)
+        }
+    }
+}
+
+async fn map(context: &Context, device: &Path, file: Option<&Path>) -> Result<()> {
+    let device = absolute(device)?;
+    let path = with_query("/v1/cbt/map", &[("device", &device)]);
+    let bytes = context.client.get_bytes(&path).await?;
+    match file {
+        Some(file) if file == Path::new("-") => write_out(&bytes),
+        Some(file) => std::fs::write(file, &bytes).with_context(|| format!("write {}", file.display())),
+        None => context.print(&Summary::of(&device, &bytes), Summary::text),
+    }
+}
+
+/// How many blocks last changed in which period.
+#[derive(Debug, PartialEq, Eq, serde::Serialize)]
+struct Summary {
+    device: String,
+    blocks: u64,
+    periods: Vec<Period>,
+}
+
+#[derive(Debug, PartialEq, Eq, serde::Serialize)]
+struct Period {
+    number: u8,
+    blocks: u64,
+}
+
+impl Summary {
+    fn of(device: &str, map: &[u8]) -> Self {
+        let mut counts = [0_u64; 256];
+        for byte in map {
+            counts[usize::from(*byte)] += 1;
+        }
+        Self {
+            device: device.to_owned(),
+            blocks: map.len() as u64,
+            periods: (0_u8..=255)
+                .zip(counts)
+                .filter(|(_, blocks)| *blocks > 0)
+                .map(|(number, blocks)| Period { number, blocks })
+                .collect(),
+        }
+    }
+
+    fn text(&self) -> String {
+        let mut table = Table::new([
+            ("LAST CHANGED BEFORE TAKE", Align::Left),
+            ("BLOCKS", Align::Right),
+            ("SHARE", Align::Right),
+        ]);
+        for period in &self.periods {
+            table.row([
+                match period.number {
+                    0 => "never".to_owned(),
+                    number => number.to_string(),
+                },
+                period.blocks.to_string(),
+                format!("{:.1} %", period.blocks as f64 * 100.0 / self.blocks as f64),
+            ]);
+        }
+        table.text()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_map_is_summed_up_by_period() {
+        let summary = Summary::of("/dev/x", &[0, 0, 0, 1, 255]);
+        assert_eq!(
+            summary.text(),
+            "LAST CHANGED BEFORE TAKE  BLOCKS   SHARE\n\
+             never                          3  60.0 %\n\
+             1                              1  20.0 %\n\
+             255                            1  20.0 %\n"
+        );
+    }
+}

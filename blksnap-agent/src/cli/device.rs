@@ -1,0 +1,178 @@
+//! `attach`, `detach` and `status`.
+
+use anyhow::{Result, bail};
+
+use super::args;
+use super::size::human;
+use super::table::{Align, Table};
+use super::{Context, absolute};
+use crate::control::api::{self, DeviceStatus, Devices};
+
+pub(super) async fn attach(context: &Context, options: &args::Attach) -> Result<()> {
+    let mut attached = Devices::default();
+    for device in &options.devices {
+        let request = api::Attach {
+            device: absolute(device)?,
+            block_size: options.block_size,
+        };
+        let status: DeviceStatus = context.client.post("/v1/devices/attach", &request).await?;
+        attached.devices.push(status);
+    }
+    context.print(&attached, |attached| {
+        attached
+            .devices
+            .iter()
+            .map(|device| {
+                format!(
+                    "{}: tracked, {} in {} blocks of {}, generation {}\n",
+                    device.device,
+                    human(device.capacity),
+                    device.cbt.block_count,
+                    human(device.cbt.block_size),
+                    device.cbt.generation_id,
+                )
+            })
+            .collect()
+    })
+}
+
+pub(super) async fn detach(context: &Context, options: &args::Detach) -> Result<()> {
+    for device in &options.devices {
+        let request = api::DeviceName {
+            device: absolute(device)?,
+        };
+        let _: api::Empty = context.client.post("/v1/devices/detach", &request).await?;
+        context.print(&request, |request| {
+            format!("{}: no longer tracked", request.device)
+        })?;
+    }
+    Ok(())
+}
+
+/// The tracked devices, or those of them that have one of `names`, each of which must be tracked.
+pub(super) async fn select(context: &Context, names: &[std::path::PathBuf]) -> Result<Devices> {
+    let all: Devices = context.client.get("/v1/devices").await?;
+    if names.is_empty() {
+        return Ok(all);
+    }
+    let mut devices = Vec::new();
+    for name in names {
+        // The daemon names a device by its canonical path.
+        let canonical = name.canonicalize().unwrap_or_else(|_| name.clone());
+        match all
+            .devices
+            .iter()
+            .find(|device| std::path::Path::new(&device.device) == canonical)
+        {
+            Some(device) => devices.push(device.clone()),
+            None => bail!(
+                "find {}: it is not tracked: attach it with `blksnap-agent attach {}`",
+                name.display(),
+                name.display()
+            ),
+        }
+    }
+    Ok(Devices { devices })
+}
+
+pub(super) async fn status(context: &Context, options: &args::Status) -> Result<()> {
+    let devices = select(context, &options.devices).await?;
+    context.print(&devices, |devices| {
+        if devices.devices.is_empty() {
+            return "no device is tracked: `blksnap-agent attach DEVICE` begins\n".to_owned();
+        }
+        table(devices)
+    })
+}
+
+fn table(devices: &Devices) -> String {
+    let mut table = Table::new([
+        ("DEVICE", Align::Left),
+        ("SIZE", Align::Right),
+        ("BLOCK", Align::Right),
+        ("TAKES", Align::Right),
+        ("CHANGED", Align::Right),
+        ("WRITTEN", Align::Right),
+        ("STATE", Align::Left),
+        ("MOUNTED ON", Align::Left),
+    ]);
+    for device in &devices.devices {
+        let cbt = &device.cbt;
+        let changed = cbt
+            .dirty_blocks
+            .saturating_mul(cbt.block_size)
+            .min(device.capacity);
+        let mounts: Vec<_> = device
+            .mounts
+            .iter()
+            .map(|mount| mount.mountpoint.as_str())
+            .collect();
+        table.row([
+            device.device.clone(),
+            human(device.capacity),
+            human(cbt.block_size),
+            cbt.changes_number.to_string(),
+            human(changed),
+            human(device.counters.bytes.values().sum()),
+            cbt.corrupted.as_ref().map_or_else(
+                || "tracked".to_owned(),
+                |reason| format!("full needed: {}", reason.code()),
+            ),
+            mounts.join(", "),
+        ]);
+    }
+    table.text()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{DeviceId, Generation};
+
+    #[test]
+    fn a_device_is_a_row() {
+        let device = DeviceStatus {
+            device: "/dev/sdb1".to_owned(),
+            name: "sdb1".to_owned(),
+            id: DeviceId { major: 8, minor: 17 },
+            disk: "sdb".to_owned(),
+            capacity: 1 << 30,
+            mounts: vec![api::Mount {
+                mountpoint: "/srv".to_owned(),
+                fs_type: "ext4".to_owned(),
+            }],
+            cbt: api::CbtInfo {
+                device: "/dev/sdb1".to_owned(),
+                device_capacity: 1 << 30,
+                block_size: 65_536,
+                block_count: 16_384,
+                generation_id: Generation::new(uuid::Uuid::nil()),
+                changes_number: 2,
+                active_number: 3,
+                dirty_blocks: 24,
+                began: crate::cbt::ResetReason::NewAttach,
+                corrupted: None,
+            },
+            counters: api::Counters::default(),
+        };
+        let text = table(&Devices {
+            devices: vec![
+                device.clone(),
+                DeviceStatus {
+                    cbt: api::CbtInfo {
+                        corrupted: Some(crate::cbt::ResetReason::RunMissed),
+                        ..device.cbt.clone()
+                    },
+                    mounts: Vec::new(),
+                    ..device
+                },
+            ],
+        });
+        assert_eq!(
+            text,
+            "DEVICE      SIZE   BLOCK  TAKES  CHANGED  WRITTEN  STATE                    MOUNTED ON\n\
+             /dev/sdb1  1 GiB  64 KiB      2  1.5 MiB      0 B  tracked                  /srv\n\
+             /dev/sdb1  1 GiB  64 KiB      2  1.5 MiB      0 B  full needed: run_missed  -\n"
+        );
+    }
+}
