@@ -152,14 +152,22 @@ pub struct Record {
     pub kind: u32,
 }
 
+/// Operations and bytes of one kind, side by side: a write touches one cache line of counters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct KindCounters {
+    /// Operations.
+    pub ops: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
 /// Counters of a slot, one copy per CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct SlotCounters {
-    /// Operations by [`OpKind`].
-    pub ops: [u64; KIND_ENTRIES],
-    /// Bytes by [`OpKind`].
-    pub bytes: [u64; KIND_ENTRIES],
+    /// By [`OpKind`].
+    pub kinds: [KindCounters; KIND_ENTRIES],
     /// Reads seen; the self test looks for these.
     pub reads: u64,
     /// Ring records written.

@@ -10,8 +10,8 @@ use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::error;
 use blksnap_common::blockrange::{BlockRange, blocks_of, classify, word_mask};
 use blksnap_common::track::{
-    BITMAP_HEADER_WORDS, DiskSlots, KIND_ENTRIES, OpKind, Record, SLOT_LEDGER, SLOTS_PER_DISK, Slot,
-    SlotState,
+    BITMAP_HEADER_WORDS, DiskSlots, KIND_ENTRIES, KindCounters, OpKind, Record, SLOT_LEDGER, SLOTS_PER_DISK,
+    Slot, SlotState,
 };
 
 use crate::layout::Bio;
@@ -158,9 +158,12 @@ fn mark_slot(slot: &Slot, marking: &mut Marking) {
         let kind = kind as usize & (KIND_ENTRIES - 1);
         // SAFETY: this CPU's copy of the map value; the index is masked below the length.
         unsafe {
-            *addr_of_mut!((*counters).ops).cast::<u64>().add(kind) += 1;
-            *addr_of_mut!((*counters).bytes).cast::<u64>().add(kind) += marking.sectors << 9;
-            (*counters).records += u64::from(recorded);
+            let kind = addr_of_mut!((*counters).kinds).cast::<KindCounters>().add(kind);
+            (*kind).ops += 1;
+            (*kind).bytes += marking.sectors << 9;
+            if recorded {
+                (*counters).records += 1;
+            }
         }
     }
 }

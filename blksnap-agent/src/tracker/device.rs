@@ -373,8 +373,8 @@ impl TrackedDevice {
         let ring_full = self.shared.slot_state(self.slot.id).ring_full - self.at_attach.ring_full;
         let state = self.state();
         Ok(DeviceCounters {
-            ops: std::array::from_fn(|kind| counters.ops[kind]),
-            bytes: std::array::from_fn(|kind| counters.bytes[kind]),
+            ops: std::array::from_fn(|kind| counters.kinds[kind].ops),
+            bytes: std::array::from_fn(|kind| counters.kinds[kind].bytes),
             records: counters.records,
             ring_full,
             run_misses: misses.steady,

@@ -278,11 +278,9 @@ impl Object {
             .get(&slot, 0)
             .map_err(|e| map_error("read the counters of", slot, &e))?;
         for cpu in per_cpu.iter() {
-            for (total, part) in sum.ops.iter_mut().zip(cpu.ops) {
-                *total += part;
-            }
-            for (total, part) in sum.bytes.iter_mut().zip(cpu.bytes) {
-                *total += part;
+            for (total, part) in sum.kinds.iter_mut().zip(cpu.kinds) {
+                total.ops += part.ops;
+                total.bytes += part.bytes;
             }
             sum.reads += cpu.reads;
             sum.records += cpu.records;
