@@ -163,6 +163,7 @@ impl LoopDevice {
     pub fn unmount(&mut self) -> Result<()> {
         while let Some(target) = self.mounts.pop() {
             run("umount", [&target])?;
+            std::fs::remove_dir(&target)?;
         }
         Ok(())
     }
