@@ -193,7 +193,6 @@ extern "C" fn mark_again(disk: u32, sector: u64, sectors: u64) -> u32 {
             sectors,
             disk,
             kind: AGAIN,
-            flags: 0,
             missing: 0,
         };
         mark(slots, &mut marking);

@@ -10,7 +10,7 @@ use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::error;
 use blksnap_common::blockrange::{BlockRange, blocks_of, classify, word_mask};
 use blksnap_common::track::{
-    BITMAP_HEADER_WORDS, DiskSlots, KIND_ENTRIES, KindCounters, OpKind, Record, SLOT_LEDGER, SLOTS_PER_DISK,
+    BITMAP_HEADER_WORDS, DISK_LEDGER, DiskSlots, KIND_ENTRIES, KindCounters, OpKind, Record, SLOTS_PER_DISK,
     Slot, SlotState,
 };
 
@@ -51,7 +51,6 @@ pub(crate) fn submitted(ctx: &BtfTracePointContext, bio: &Bio, remapped: bool) {
         sectors,
         disk,
         kind: kind as u32,
-        flags: 0,
         missing: 0,
     };
     mark(slots, &mut marking);
@@ -61,7 +60,9 @@ pub(crate) fn submitted(ctx: &BtfTracePointContext, bio: &Bio, remapped: bool) {
             "disk {}: {} slots lack a bitmap word", marking.disk, marking.missing
         );
     }
-    if marking.flags & SLOT_LEDGER != 0 {
+    // All writes of the disk, also those outside the slots that keep the ledger: a completion without an entry
+    // counts as unknown, and does not always know its range.
+    if slots.flags & DISK_LEDGER != 0 {
         ledger::enter(bio, disk, sector, sectors, remapped);
     }
 }
@@ -98,8 +99,6 @@ pub(crate) struct Marking {
     pub(crate) disk: u32,
     /// [`OpKind`] as a number, or [`AGAIN`].
     pub(crate) kind: u32,
-    /// Flags of the slots that the range touches, or-ed.
-    pub(crate) flags: u32,
     /// How many slots lack a bitmap word.
     pub(crate) missing: u32,
 }
@@ -142,7 +141,6 @@ fn mark_slot(slot: &Slot, marking: &mut Marking) {
     let Some(range) = blocks_of(slot, marking.sector, marking.sectors) else {
         return;
     };
-    marking.flags |= slot.flags;
     let Ok(newly_dirty) = set_bits(slot, range) else {
         marking.missing += 1;
         bump(slot.id, offset_of!(SlotState, errors));
