@@ -124,6 +124,11 @@ impl Party {
         Ok(now.unknown == self.before.unknown && now.lost == self.before.lost)
     }
 
+    /// Completions of writes from before the ledger.
+    pub(super) fn unknown(&self) -> Result<u64, ConvergeError> {
+        Ok(self.watch.status()?.unknown)
+    }
+
     /// True if neither the ledger nor the driver has a write.
     pub(super) fn is_idle(&self) -> Result<bool, ConvergeError> {
         Ok(self.watch.status()?.pending == 0 && self.device.driver_writes()? == 0)

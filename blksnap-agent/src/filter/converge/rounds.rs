@@ -13,6 +13,9 @@ use crate::engine::{CancelToken, Copier, CopyError, Job, Phase, Progress};
 /// found out later; this makes it rare.
 const QUIET_WAIT: Duration = Duration::from_secs(1);
 
+/// No write from before the ledger completed for so long: there is probably none.
+const SETTLED: Duration = Duration::from_millis(20);
+
 /// Pause between looks at something that changes by itself.
 pub(super) const POLL: Duration = Duration::from_millis(1);
 
@@ -125,9 +128,19 @@ impl<'a> Converge<'a> {
     fn wait_quiet(&self) -> Result<(), ConvergeError> {
         let deadline = Instant::now() + QUIET_WAIT;
         for party in &self.parties {
-            while party.device.driver_writes()? > 0 && Instant::now() < deadline {
+            let mut unknown = party.unknown()?;
+            let mut since = Instant::now();
+            // The driver may hold none of ours, and yet some of the disk's.
+            while Instant::now() < deadline
+                && (since.elapsed() < SETTLED || party.device.driver_writes()? > 0)
+            {
                 self.check_cancel()?;
                 std::thread::sleep(POLL);
+                let now = party.unknown()?;
+                if now != unknown {
+                    unknown = now;
+                    since = Instant::now();
+                }
             }
         }
         Ok(())
