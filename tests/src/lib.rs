@@ -3,12 +3,14 @@
 //!
 //! - [`Daemon`]: an agent of its own, with its sockets in a temporary directory.
 //! - [`LoopDevice`]: a block device on a file of its own, with a file system and a mount when asked.
+//! - [`Writer`]: random writes to a file system or a device until it is dropped.
 //! - [`seed`]: the seed of a random test, printed, or given by `BLKSNAP_SEED` to repeat a run.
 //!
 //! All of it needs root, and nothing of it ever touches a device that it did not make.
 
 mod daemon;
 mod loopdev;
+mod writer;
 
 use std::ffi::OsStr;
 use std::process::Command;
@@ -17,6 +19,7 @@ use anyhow::{Context as _, Result, ensure};
 
 pub use daemon::{Answer, Daemon, DaemonOptions, agent_binary};
 pub use loopdev::{LoopDevice, LoopOptions};
+pub use writer::{Pace, Writer};
 
 /// Runs `program` and gives its standard output; a program that fails is an error with its standard error.
 ///

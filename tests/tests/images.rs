@@ -1,0 +1,570 @@
+//! Images: byte for byte the device at the instant, under load; and what happens when there can't be one.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use blksnap_agent::cbt::{Base, TrackingParams};
+use blksnap_agent::disk::{BlockDevice, DirectReader, WatchdogCommand};
+use blksnap_agent::engine::{CancelToken, Silent};
+use blksnap_agent::filter::converge::{Consistency, ConvergeError, FreezeHook, HookError, Limits, Stage};
+use blksnap_agent::snapshot::{Image, Info, SnapshotError, Snapshots, State, TakeOptions};
+use blksnap_agent::storage::DirStorage;
+use blksnap_agent::sys::AlignedBuffer;
+use blksnap_agent::tracker::{Granularity, Tracker, TrackerConfig};
+use blksnap_agent::units::{BlockSize, DeviceId};
+use blksnap_tests::{LoopDevice, LoopOptions, Pace, Writer, agent_binary, run, seed};
+use nix::errno::Errno;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
+const MIB: u64 = 1 << 20;
+
+/// Bound against hanging for ever; the hook copies whole devices while they are frozen.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn limits() -> Limits {
+    Limits {
+        freeze_limit: PATIENCE,
+        watchdog: WatchdogCommand {
+            program: agent_binary().unwrap(),
+            arguments: vec!["thaw-watchdog".into()],
+        },
+        ..Limits::default()
+    }
+}
+
+/// Copies the devices when they are frozen.
+#[derive(Debug, Default)]
+struct Witness {
+    copies: Mutex<HashMap<PathBuf, Vec<u8>>>,
+    stages: Mutex<Vec<Stage>>,
+}
+
+impl FreezeHook for Witness {
+    fn run(&self, stage: Stage, devices: &[PathBuf], _deadline: Instant) -> Result<(), HookError> {
+        self.stages.lock().unwrap().push(stage);
+        if stage == Stage::Frozen {
+            let mut copies = self.copies.lock().unwrap();
+            for path in devices {
+                copies.insert(path.clone(), content(path));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// All bytes of a device.
+fn content(path: &Path) -> Vec<u8> {
+    let reader = DirectReader::open(&BlockDevice::open(path).unwrap()).unwrap();
+    let mut bytes = Vec::with_capacity(usize::try_from(reader.length()).unwrap());
+    let mut buffer = AlignedBuffer::zeroed(4 << 20);
+    while (bytes.len() as u64) < reader.length() {
+        let left = reader.length() - bytes.len() as u64;
+        let count = usize::try_from(left).unwrap().min(buffer.len());
+        reader.read(&mut buffer, bytes.len() as u64, count).unwrap();
+        bytes.extend_from_slice(&buffer.as_slice()[..count]);
+    }
+    bytes
+}
+
+/// First byte that differs.
+fn difference(one: &[u8], other: &[u8]) -> Option<usize> {
+    assert_eq!(one.len(), other.len());
+    let chunk = one
+        .chunks(4096)
+        .zip(other.chunks(4096))
+        .position(|(a, b)| a != b)?;
+    let at = chunk * 4096;
+    Some(
+        at + one[at..]
+            .iter()
+            .zip(&other[at..])
+            .take_while(|(a, b)| a == b)
+            .count(),
+    )
+}
+
+fn image_bytes(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(image.size).unwrap()];
+    image.file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// A tracker, snapshots and a directory for them.
+struct Bench {
+    tracker: Arc<Tracker>,
+    snapshots: Snapshots,
+    storage: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let tracker = Tracker::load(&TrackerConfig::default()).unwrap();
+        Self {
+            snapshots: Snapshots::new(Arc::clone(&tracker)),
+            tracker,
+            storage: tempfile::Builder::new()
+                .prefix("blksnap-storage-")
+                .tempdir()
+                .unwrap(),
+        }
+    }
+
+    fn attach(&self, path: &Path, granularity: Granularity) -> DeviceId {
+        let device = BlockDevice::open(path).unwrap();
+        self.tracker.attach(device, granularity).unwrap().device().id
+    }
+
+    fn attach_default(&self, path: &Path) -> DeviceId {
+        self.attach(path, Granularity::Adaptive(TrackingParams::default()))
+    }
+
+    fn create(&self, devices: &[DeviceId]) -> Info {
+        let storage = DirStorage::open(self.storage.path()).unwrap();
+        self.snapshots.create(devices, storage).unwrap()
+    }
+
+    fn take(
+        &self,
+        info: &Info,
+        limits: Limits,
+        hook: Option<Arc<dyn FreezeHook>>,
+    ) -> Result<Info, SnapshotError> {
+        let options = TakeOptions { limits, hook };
+        self.snapshots
+            .take(info.id, options, Arc::new(Silent), CancelToken::new())
+    }
+
+    fn assert_storage_empty(&self) {
+        assert_eq!(std::fs::read_dir(self.storage.path()).unwrap().count(), 0);
+    }
+}
+
+/// A device that is written all the time.
+struct Busy {
+    name: &'static str,
+    node: PathBuf,
+    consistency: Consistency,
+    /// Stopped before the device goes.
+    writers: Vec<Writer>,
+    _device: LoopDevice,
+}
+
+impl Busy {
+    fn file_system(kind: &'static str, bytes: u64, seed: u64) -> Self {
+        let mut device = LoopDevice::new(bytes).unwrap();
+        device.mkfs(kind).unwrap();
+        let mountpoint = device.mount().unwrap();
+        Self {
+            name: kind,
+            node: device.path().to_owned(),
+            consistency: Consistency::FileSystem,
+            writers: vec![Writer::files(&mountpoint, seed)],
+            _device: device,
+        }
+    }
+
+    /// The second of two partitions; the first one is written past any file system, without a pause.
+    fn partition(seed: u64) -> Self {
+        let parts = [("1MiB", "33MiB"), ("33MiB", "100%")];
+        let options = LoopOptions {
+            partitions: parts
+                .map(|(start, end)| (start.to_owned(), end.to_owned()))
+                .to_vec(),
+            ..LoopOptions::default()
+        };
+        let mut device = LoopDevice::with_options(100 * MIB, &options).unwrap();
+        LoopDevice::mkfs_on(&device.partition(2), "ext4").unwrap();
+        let mountpoint = device.mount_partition(2).unwrap();
+        let pace = Pace {
+            burst: 1,
+            pause: Duration::from_millis(2),
+        };
+        Self {
+            name: "partition",
+            node: device.partition(2),
+            consistency: Consistency::FileSystem,
+            writers: vec![
+                Writer::files(&mountpoint, seed),
+                Writer::raw(&device.partition(1), seed + 1, pace),
+            ],
+            _device: device,
+        }
+    }
+
+    fn raw(seed: u64, sector_size: u32) -> Self {
+        let options = LoopOptions {
+            sector_size,
+            ..LoopOptions::default()
+        };
+        let device = LoopDevice::with_options(48 * MIB, &options).unwrap();
+        // Between two bursts the hook must find the time to copy all devices of the round.
+        let pace = Pace {
+            burst: 60,
+            pause: Duration::from_millis(2500),
+        };
+        Self {
+            name: "raw",
+            node: device.path().to_owned(),
+            consistency: Consistency::Crash,
+            writers: vec![Writer::raw(device.path(), seed, pace)],
+            _device: device,
+        }
+    }
+}
+
+#[test]
+fn images_are_the_devices_at_the_instant() {
+    let seed = seed("images_are_the_devices_at_the_instant");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let bench = Bench::new();
+    let busy = [
+        Busy::file_system("ext4", 64 * MIB, seed),
+        Busy::file_system("xfs", 300 * MIB, seed + 10),
+        Busy::file_system("btrfs", 128 * MIB, seed + 20),
+        Busy::partition(seed + 30),
+        Busy::raw(seed + 40, 0),
+        Busy::raw(seed + 50, 4096),
+    ];
+    let ids: Vec<DeviceId> = busy
+        .iter()
+        .map(|busy| {
+            let shift = *[12, 14, 16].choose(&mut rng).unwrap();
+            bench.attach(
+                &busy.node,
+                Granularity::Fixed(BlockSize::from_shift(shift).unwrap()),
+            )
+        })
+        .collect();
+    let mut earlier: HashMap<DeviceId, (Base, Vec<u8>)> = HashMap::new();
+    for round in 0..20 {
+        // One device, or several at one instant.
+        let count = if round % 3 == 0 {
+            1
+        } else {
+            rng.random_range(2..=3)
+        };
+        let chosen: Vec<usize> = rand::seq::index::sample(&mut rng, busy.len(), count).into_vec();
+        for index in &chosen {
+            busy[*index].writers[0].wait_for(1);
+        }
+        let devices: Vec<DeviceId> = chosen.iter().map(|index| ids[*index]).collect();
+        let snapshot = bench.create(&devices);
+        let witness = Arc::new(Witness::default());
+        let info = bench
+            .take(&snapshot, limits(), Some(Arc::clone(&witness) as _))
+            .unwrap_or_else(|error| panic!("round {round}, seed {seed}: {error}"));
+        assert_eq!((info.state, info.images.len()), (State::Taken, chosen.len()));
+        let mut copies = std::mem::take(&mut *witness.copies.lock().unwrap());
+        for (index, image) in chosen.iter().zip(&info.images) {
+            let busy = &busy[*index];
+            let name = format!("{} in round {round}, seed {seed}", busy.name);
+            let copy = copies.remove(&busy.node).expect("the hook copied each device");
+            let bytes = image_bytes(image);
+            assert_eq!(difference(&bytes, &copy), None, "{name}: first difference");
+            assert_eq!(image.consistency, busy.consistency, "{name}");
+            check_changes(&mut earlier, image, copy, &name);
+        }
+        println!(
+            "round {round}: {:?}, frozen {:?}, {} rounds",
+            chosen.iter().map(|index| busy[*index].name).collect::<Vec<_>>(),
+            info.images[0].frozen,
+            info.images[0].rounds
+        );
+        // The writers go on.
+        busy[chosen[0]].writers[0].wait_for(1);
+        bench.snapshots.destroy(info.id).unwrap();
+    }
+    bench.assert_storage_empty();
+}
+
+/// Everything that differs from the instant before is among what the map says.
+fn check_changes(earlier: &mut HashMap<DeviceId, (Base, Vec<u8>)>, image: &Image, copy: Vec<u8>, name: &str) {
+    let map = image.read_map.as_ref().expect("no doubt");
+    if let Some((base, before)) = earlier.get(&image.device.id)
+        && base.generation == map.generation()
+    {
+        let mut same = before.clone();
+        for extent in map.changed_since(base).unwrap() {
+            let range = usize::try_from(extent.offset).unwrap()..usize::try_from(extent.end()).unwrap();
+            same[range.clone()].copy_from_slice(&copy[range]);
+        }
+        assert_eq!(
+            difference(&same, &copy),
+            None,
+            "{name}: a change was not reported"
+        );
+    }
+    earlier.insert(image.device.id, (map.base(), copy));
+}
+
+#[test]
+fn several_snapshots_of_a_device_hold_their_instants() {
+    let seed = seed("several_snapshots_of_a_device_hold_their_instants");
+    let bench = Bench::new();
+    let busy = Busy::file_system("ext4", 64 * MIB, seed);
+    let id = bench.attach_default(&busy.node);
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        busy.writers[0].wait_for(20);
+        let witness = Arc::new(Witness::default());
+        let info = bench
+            .take(&bench.create(&[id]), limits(), Some(Arc::clone(&witness) as _))
+            .unwrap();
+        let stages = witness.stages.lock().unwrap().clone();
+        assert_eq!(
+            (stages[0], stages[stages.len() - 1]),
+            (Stage::Freeze, Stage::Thaw)
+        );
+        let copy = witness.copies.lock().unwrap().remove(&busy.node).unwrap();
+        held.push((info, copy));
+    }
+    assert_eq!(bench.snapshots.list().len(), 3);
+    for (info, copy) in &held {
+        let image = bench.snapshots.image(info.id, id).unwrap();
+        assert_eq!(difference(&image_bytes(&image), copy), None);
+        bench.snapshots.destroy(info.id).unwrap();
+        // The reader still has it.
+        assert_eq!(difference(&image_bytes(&image), copy), None);
+    }
+    assert!(bench.snapshots.list().is_empty());
+}
+
+#[test]
+fn takes_of_one_device_at_the_same_time_are_all_right() {
+    let seed = seed("takes_of_one_device_at_the_same_time_are_all_right");
+    let bench = Bench::new();
+    let busy = Busy::raw(seed, 0);
+    let id = bench.attach(&busy.node, Granularity::Fixed(BlockSize::from_shift(12).unwrap()));
+    for _ in 0..4 {
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let takes: Vec<_> = (0..3)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let witness = Arc::new(Witness::default());
+                        let info =
+                            bench.take(&bench.create(&[id]), limits(), Some(Arc::clone(&witness) as _))?;
+                        let copy = witness.copies.lock().unwrap().remove(&busy.node).unwrap();
+                        Ok::<_, SnapshotError>((info, copy))
+                    })
+                })
+                .collect();
+            takes
+                .into_iter()
+                .map(|take| take.join().unwrap().unwrap())
+                .collect()
+        });
+        for (info, copy) in results {
+            assert_eq!(difference(&image_bytes(&info.images[0]), &copy), None);
+        }
+    }
+}
+
+#[test]
+fn a_full_directory_is_a_clear_error_and_leaves_nothing() {
+    let seed = seed("a_full_directory_is_a_clear_error_and_leaves_nothing");
+    let bench = Bench::new();
+    let busy = Busy::raw(seed, 0);
+    run(
+        "dd",
+        [
+            "if=/dev/urandom",
+            &format!("of={}", busy.node.display()),
+            "bs=1M",
+            "count=48",
+            "oflag=direct",
+        ],
+    )
+    .unwrap();
+    let id = bench.attach_default(&busy.node);
+    let directory = tempfile::tempdir().unwrap();
+    run(
+        "mount",
+        [
+            "-t",
+            "tmpfs",
+            "-o",
+            "size=8m",
+            "none",
+            directory.path().to_str().unwrap(),
+        ],
+    )
+    .unwrap();
+    let storage = DirStorage::open(directory.path()).unwrap();
+    let info = bench.snapshots.create(&[id], storage).unwrap();
+    let error = bench.take(&info, limits(), None).unwrap_err();
+    let available = nix::sys::statvfs::statvfs(directory.path())
+        .unwrap()
+        .blocks_available();
+    let left = std::fs::read_dir(directory.path()).unwrap().count();
+    let info = bench.snapshots.info(info.id).unwrap();
+    bench.snapshots.destroy(info.id).unwrap();
+    run("umount", [directory.path()]).unwrap();
+    assert_eq!(error.errno(), Errno::ENOSPC, "{error}");
+    let text = error.to_string();
+    assert!(
+        text.contains("free some space there") && !text.contains('\n'),
+        "{text}"
+    );
+    assert_eq!((available * 4096, left), (8 * MIB, 0));
+    assert_eq!(info.state, State::Created);
+}
+
+#[test]
+fn storage_on_a_file_system_to_be_frozen_is_refused() {
+    let bench = Bench::new();
+    let mut device = LoopDevice::new(64 * MIB).unwrap();
+    device.mkfs("ext4").unwrap();
+    let mountpoint = device.mount().unwrap();
+    let id = bench.attach_default(device.path());
+    let info = bench
+        .snapshots
+        .create(&[id], DirStorage::open(&mountpoint).unwrap())
+        .unwrap();
+    let error = bench.take(&info, limits(), None).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::Converge(ConvergeError::SinkFrozen { .. })),
+        "{error}"
+    );
+    assert!(error.to_string().contains("choose another place"), "{error}");
+    bench.snapshots.destroy(info.id).unwrap();
+    std::fs::write(mountpoint.join("file"), b"still writable").unwrap();
+}
+
+#[test]
+fn a_writer_that_never_pauses_is_a_clear_error() {
+    let seed = seed("a_writer_that_never_pauses_is_a_clear_error");
+    let bench = Bench::new();
+    let device = LoopDevice::new(32 * MIB).unwrap();
+    let id = bench.attach_default(device.path());
+    let pace = Pace {
+        burst: 1000,
+        pause: Duration::ZERO,
+    };
+    let writers: Vec<Writer> = (0..4)
+        .map(|n| Writer::raw(device.path(), seed + n, pace))
+        .collect();
+    let info = bench.create(&[id]);
+    let short = Limits {
+        freeze_limit: Duration::from_millis(500),
+        max_rounds: 4,
+        ..limits()
+    };
+    let error = bench.take(&info, short, None).unwrap_err();
+    assert_eq!(error.errno(), Errno::ETIME, "{error}");
+    assert!(!error.to_string().contains('\n'), "{error}");
+    drop(writers);
+    // The same snapshot can be taken when the writer is gone.
+    let info = bench.take(&info, limits(), None).unwrap();
+    assert_eq!(
+        difference(&image_bytes(&info.images[0]), &content(device.path())),
+        None
+    );
+}
+
+#[test]
+fn a_freeze_that_takes_too_long_fails_and_thaws() {
+    #[derive(Debug)]
+    struct Slow;
+    impl FreezeHook for Slow {
+        fn run(&self, stage: Stage, _devices: &[PathBuf], _deadline: Instant) -> Result<(), HookError> {
+            if stage == Stage::Frozen {
+                std::thread::sleep(Duration::from_secs(1));
+            }
+            Ok(())
+        }
+    }
+    let bench = Bench::new();
+    let mut device = LoopDevice::new(64 * MIB).unwrap();
+    device.mkfs("ext4").unwrap();
+    let mountpoint = device.mount().unwrap();
+    let id = bench.attach_default(device.path());
+    let info = bench.create(&[id]);
+    let short = Limits {
+        freeze_limit: Duration::from_millis(300),
+        ..limits()
+    };
+    let error = bench.take(&info, short, Some(Arc::new(Slow))).unwrap_err();
+    assert!(matches!(error, SnapshotError::Converge(_)), "{error}");
+    std::fs::write(mountpoint.join("file"), b"writable").unwrap();
+    assert_eq!(bench.snapshots.info(info.id).unwrap().state, State::Created);
+}
+
+#[test]
+fn calls_have_the_errors_of_the_reference() {
+    let bench = Bench::new();
+    let device = LoopDevice::new(16 * MIB).unwrap();
+    let other = LoopDevice::new(16 * MIB).unwrap();
+    let id = bench.attach_default(device.path());
+    let untracked = BlockDevice::open(other.path()).unwrap().id;
+    let errno = |result: Result<Info, SnapshotError>| result.unwrap_err().errno();
+    let storage = || DirStorage::open(bench.storage.path()).unwrap();
+
+    assert_eq!(
+        errno(bench.snapshots.create(&[untracked], storage())),
+        Errno::ENODEV
+    );
+    assert_eq!(
+        errno(bench.snapshots.create(&[id, id], storage())),
+        Errno::EALREADY
+    );
+    assert!(bench.snapshots.list().is_empty());
+
+    let info = bench.create(&[]);
+    assert_eq!(errno(bench.take(&info, limits(), None)), Errno::ENODEV);
+    assert_eq!(errno(bench.snapshots.add(info.id, untracked)), Errno::ENODEV);
+    bench.snapshots.add(info.id, id).unwrap();
+    assert_eq!(errno(bench.snapshots.add(info.id, id)), Errno::EALREADY);
+    assert_eq!(
+        bench.snapshots.image(info.id, id).unwrap_err().errno(),
+        Errno::ENODATA
+    );
+    // In another snapshot, too.
+    bench.create(&[id]);
+
+    bench.take(&info, limits(), None).unwrap();
+    assert_eq!(errno(bench.take(&info, limits(), None)), Errno::EALREADY);
+    assert_eq!(errno(bench.snapshots.add(info.id, id)), Errno::EALREADY);
+    bench.snapshots.destroy(info.id).unwrap();
+    assert_eq!(errno(bench.snapshots.info(info.id)), Errno::ESRCH);
+    assert_eq!(errno(bench.take(&info, limits(), None)), Errno::ESRCH);
+    assert_eq!(
+        bench.snapshots.destroy(info.id).unwrap_err().errno(),
+        Errno::ESRCH
+    );
+    assert_eq!(bench.snapshots.list().len(), 1);
+
+    // Destroyed while it is being taken.
+    #[derive(Debug)]
+    struct Destroy(Mutex<Option<std::sync::mpsc::Sender<()>>>);
+    impl FreezeHook for Destroy {
+        fn run(&self, stage: Stage, _devices: &[PathBuf], _deadline: Instant) -> Result<(), HookError> {
+            if stage == Stage::Freeze {
+                self.0.lock().unwrap().take();
+                // The destroyer is on its way; whether it arrives during the take or after is all the same.
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Ok(())
+        }
+    }
+    let info = bench.create(&[id]);
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let (snapshots, snapshot) = (&bench.snapshots, info.id);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // The end of the channel is the hook's signal.
+            let _ = receiver.recv();
+            assert_eq!(snapshots.info(snapshot).unwrap().state, State::Taking);
+            snapshots.destroy(snapshot).unwrap();
+        });
+        let _ = bench.take(&info, limits(), Some(Arc::new(Destroy(Mutex::new(Some(sender))))));
+    });
+    assert_eq!(errno(bench.snapshots.info(info.id)), Errno::ESRCH);
+    bench.assert_storage_empty();
+    drop(File::open(device.path()).unwrap());
+}
