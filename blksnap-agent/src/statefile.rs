@@ -6,7 +6,7 @@
 //! # Crash consistency
 //! A new version is written to a temporary file beside, synced, and renamed over the old one; then the directory is
 //! synced. After a crash at any point the name leads to the whole old or the whole new document, and once
-//! [`write`] has returned, to the new one.
+//! [`write()`] has returned, to the new one.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};

@@ -81,6 +81,10 @@ fn gather(blocks: &[u8; 64], test: impl Fn(u64) -> u64) -> u64 {
 pub struct ChangedExtents {
     map: Arc<ReadMap>,
     condition: Condition,
+    /// log2 of the block size in bytes.
+    shift: u32,
+    /// Bytes of the device.
+    capacity: u64,
     /// Blocks still to be reported of the 64 that begin at `base`.
     mask: u64,
     /// First block of the 64 in `mask`.
@@ -92,6 +96,8 @@ pub struct ChangedExtents {
 impl ChangedExtents {
     pub(super) fn new(map: Arc<ReadMap>, condition: Condition) -> Self {
         Self {
+            shift: map.block_size().shift(),
+            capacity: map.capacity().bytes(),
             map,
             condition,
             mask: 0,
@@ -169,7 +175,13 @@ impl Iterator for ChangedExtents {
             end = self.base + above.trailing_zeros() as usize;
             self.mask &= above;
         }
-        Some(self.map.extent_of(first, end))
+        // The last block may be short.
+        let offset = (first as u64) << self.shift;
+        let end = ((end as u64) << self.shift).min(self.capacity);
+        Some(Extent {
+            offset,
+            length: end - offset,
+        })
     }
 }
 

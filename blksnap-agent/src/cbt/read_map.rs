@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::CbtInfo;
 use super::extents::{ChangedExtents, Condition};
 use super::reason::{FullNeeded, FullReason, ResetReason};
-use crate::units::{BlockSize, Extent, Generation, Sectors};
+use crate::units::{BlockSize, Generation, Sectors};
 
 /// The name of an instant that a client has a copy of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -144,18 +144,6 @@ impl ReadMap {
         match self.doubt() {
             Some(reason) => Err(FullReason::Corrupted(reason).into()),
             None => Ok(ChangedExtents::new(Arc::clone(self), condition)),
-        }
-    }
-
-    /// The bytes of the device in the blocks `[first, end)`, `first` being a block of the device.
-    #[inline]
-    pub(super) fn extent_of(&self, first: usize, end: usize) -> Extent {
-        let shift = self.block_size.shift();
-        let offset = (first as u64) << shift;
-        let end = ((end as u64) << shift).min(self.capacity.bytes());
-        Extent {
-            offset,
-            length: end - offset,
         }
     }
 }
