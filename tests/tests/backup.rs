@@ -1,8 +1,9 @@
 //! Backups of loop devices in use: full and incremental ones against copies made while the device is frozen.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Read as _};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use blksnap_agent::snapshot::{Image, Snapshots, TakeOptions};
 use blksnap_agent::storage::DirStorage;
 use blksnap_agent::tracker::{Granularity, TrackedDevice, Tracker, TrackerConfig};
 use blksnap_agent::units::BlockSize;
-use blksnap_tests::{LoopDevice, LoopOptions, agent_binary, seed};
+use blksnap_tests::{Daemon, DaemonOptions, LoopDevice, LoopOptions, agent_binary, seed};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use tempfile::TempDir;
@@ -444,6 +445,62 @@ fn killed_at_any_point_the_next_backup_is_right() -> Result<()> {
         states.push(want);
     }
     println!("{states:?}");
+    Ok(())
+}
+
+#[test]
+fn a_daemon_killed_in_a_backup_leaves_a_target_that_the_next_one_makes_right() -> Result<()> {
+    let seed = seed("killed daemon");
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut disk = LoopDevice::new(32 * MIB)?;
+    disk.mkfs("ext4")?;
+    let mount = disk.mount()?;
+    let mut daemon = Daemon::start()?;
+    let (target, copy) = (daemon.scratch().join("x.img"), daemon.scratch().join("copy.img"));
+    let hook = daemon.scratch().join("hook");
+    let script = format!(
+        "#!/bin/sh\nif [ $1 = frozen ]; then exec dd if=$BLKSNAP_DEVICES of={} bs=1M iflag=direct status=none; fi\n",
+        copy.display()
+    );
+    fs::write(&hook, script)?;
+    fs::set_permissions(&hook, fs::Permissions::from_mode(0o755))?;
+    let arguments: Vec<OsString> = vec![
+        "backup".into(),
+        "--incremental".into(),
+        "--freeze-limit=60000".into(),
+        "--freeze-hook".into(),
+        hook.into(),
+        disk.path().into(),
+        target.clone().into(),
+    ];
+    let expect = |daemon: &Daemon, want: &[Option<&str>]| -> Result<()> {
+        let answer = daemon.json(&arguments)?;
+        same(&target, &copy).with_context(|| answer.to_string())?;
+        let reason = answer["reason"].as_str();
+        ensure!(want.contains(&reason), "{answer}");
+        Ok(())
+    };
+    expect(&daemon, &[Some("no_target")])?;
+    for round in 0..3 {
+        let writer = Writer::start(
+            mount.join("busy"),
+            4 * MIB,
+            random.random(),
+            Duration::from_millis(1),
+        );
+        thread::sleep(Duration::from_millis(200));
+        let mut client = daemon.command(&arguments).stderr(Stdio::null()).spawn()?;
+        thread::sleep(Duration::from_millis(random.random_range(0..300)));
+        daemon.kill()?;
+        client.wait()?;
+        writer.stop()?;
+        daemon.launch(&DaemonOptions::default())?;
+        // Killed before it began, in it, or after its end; the map did not outlive the daemon.
+        expect(&daemon, &[Some("unfinished"), Some("generation_ended")])
+            .with_context(|| format!("round {round}"))?;
+        fs::write(mount.join("more"), vec![round; 1 << 20])?;
+        expect(&daemon, &[None])?;
+    }
     Ok(())
 }
 
