@@ -725,21 +725,59 @@ async fn metrics_are_served_on_the_socket_and_on_loopback() {
     refused(&answer, &["loopback", "127.0.0.1"]);
 }
 
+/// A hook that says with a file that it began `stage`, and takes some seconds then.
+fn slow_hook(daemon: &Daemon, stage: &str, seconds: u32) -> (PathBuf, PathBuf) {
+    let (hook, began) = (daemon.scratch().join("hook"), daemon.scratch().join("began"));
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" = {stage} ] && touch {} && sleep {seconds}\nexit 0\n",
+        began.display()
+    );
+    std::fs::write(&hook, script).unwrap();
+    std::fs::set_permissions(&hook, std::fs::Permissions::from_mode(0o755)).unwrap();
+    (hook, began)
+}
+
+#[test]
+fn stopping_the_daemon_in_a_freeze_thaws_and_tells_the_client() {
+    let mut daemon = Daemon::start().unwrap();
+    let mut device = LoopDevice::new(32 * MIB).unwrap();
+    device.mkfs("ext4").unwrap();
+    let mountpoint = device.mount().unwrap();
+    std::fs::write(mountpoint.join("before"), b"x").unwrap();
+    let (hook, began) = slow_hook(&daemon, "frozen", 2);
+    let client = daemon
+        .command([
+            "snapshot",
+            "create",
+            path(device.path()),
+            "--freeze-limit=30000",
+            "--freeze-hook",
+            path(&hook),
+        ])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while !began.exists() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    assert_eq!(daemon.stop().unwrap(), 0, "{}", daemon.log());
+    let output = client.wait_with_output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("cancelled"), "{error}");
+    std::fs::write(mountpoint.join("after"), b"x").unwrap();
+    run("sync", ["-f", path(&mountpoint)]).unwrap();
+    assert_eq!(std::fs::read_dir(daemon.storage()).unwrap().count(), 0);
+}
+
 #[test]
 fn a_backup_whose_client_is_gone_ends() {
     let daemon = Daemon::start().unwrap();
     let device = LoopDevice::new(32 * MIB).unwrap();
     let node = path(device.path()).to_owned();
     fill(device.path(), 5, 32 * MIB);
-    // A hook that waits keeps the backup under way until it is cancelled.
-    let hook = daemon.scratch().join("hook");
-    let began = daemon.scratch().join("began");
-    let script = format!(
-        "#!/bin/sh\n[ \"$1\" = freeze ] && touch {} && sleep 5\nexit 0\n",
-        began.display()
-    );
-    std::fs::write(&hook, script).unwrap();
-    std::fs::set_permissions(&hook, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let (hook, began) = slow_hook(&daemon, "freeze", 5);
     let target = daemon.scratch().join("disk.img");
     let mut client = daemon
         .command([

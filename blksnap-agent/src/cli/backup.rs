@@ -41,20 +41,23 @@ fn text(result: &BackupResult) -> String {
     };
     let _ = writeln!(
         text,
-        "{}: {kind} backup to {}, {} copied of {} in {} ({}/s)",
+        "{}: {kind} backup to {}: {} copied in {} ({}/s), an image of {}",
         result.device,
         result.target,
         human(result.copied_bytes),
-        human(result.size),
         duration(result.seconds),
         human(rate(result.copied_bytes, result.seconds)),
+        human(result.size),
     );
+    let rounds = match result.rounds {
+        0 => String::new(),
+        1 => ", written meanwhile and copied again in 1 round".to_owned(),
+        rounds => format!(", written meanwhile and copied again in {rounds} rounds"),
+    };
     let _ = writeln!(
         text,
-        "{}, frozen {}, {} rounds, base {}:{}",
-        result.consistency.label(),
-        duration(result.frozen_seconds),
-        result.rounds,
+        "{}{rounds}, base {}:{}",
+        snapshot::consistency(result.consistency, result.frozen_seconds),
         result.taken.generation,
         result.taken.number,
     );
@@ -71,5 +74,48 @@ fn rate(bytes: u64, seconds: f64) -> u64 {
         (bytes as f64 / seconds) as u64
     } else {
         bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::api::{Base, Consistency};
+    use crate::units::Generation;
+
+    #[test]
+    fn a_backup_is_told_in_two_lines() {
+        let base = Base {
+            generation: Generation::new(uuid::Uuid::nil()),
+            number: 4,
+        };
+        let mut result = BackupResult {
+            device: "/dev/sdb1".to_owned(),
+            target: "/srv/sdb1.img".to_owned(),
+            kind: BackupKind::Incremental { base },
+            size: 1 << 30,
+            copied_bytes: 64 << 20,
+            rounds: 0,
+            consistency: Consistency::FileSystem,
+            frozen_seconds: 0.012,
+            seconds: 0.5,
+            taken: base,
+        };
+        assert_eq!(
+            text(&result),
+            "/dev/sdb1: incremental backup to /srv/sdb1.img: 64 MiB copied in 500.0 ms (128 MiB/s), an image of 1 GiB\n\
+             file system consistent, frozen 12.0 ms, base 00000000-0000-0000-0000-000000000000:4\n"
+        );
+        result.kind = BackupKind::Full {
+            reason: Some("wrapped".to_owned()),
+            message: Some("the period numbers ran out".to_owned()),
+        };
+        result.consistency = Consistency::Crash;
+        let text = text(&result);
+        assert!(text.starts_with("full backup instead of an incremental one: the period numbers ran out\n"));
+        assert!(
+            text.contains("\ncrash consistent, nothing was frozen, base"),
+            "{text}"
+        );
     }
 }

@@ -1,5 +1,7 @@
 //! `attach`, `detach` and `status`.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Result, bail};
 
 use super::args;
@@ -10,30 +12,42 @@ use crate::control::api::{self, DeviceStatus, Devices};
 
 pub(super) async fn attach(context: &Context, options: &args::Attach) -> Result<()> {
     let mut attached = Devices::default();
+    let mut failed = Ok(());
     for device in &options.devices {
-        let request = api::Attach {
-            device: absolute(device)?,
-            block_size: options.block_size,
-        };
-        let status: DeviceStatus = context.client.post("/v1/devices/attach", &request).await?;
-        attached.devices.push(status);
+        match attach_one(context, device, options.block_size).await {
+            Ok(status) => attached.devices.push(status),
+            Err(error) => {
+                failed = Err(error);
+                break;
+            }
+        }
     }
-    context.print(&attached, |attached| {
-        attached
-            .devices
-            .iter()
-            .map(|device| {
-                format!(
-                    "{}: tracked, {} in {} blocks of {}, generation {}\n",
-                    device.device,
-                    human(device.capacity),
-                    device.cbt.block_count,
-                    human(device.cbt.block_size),
-                    device.cbt.generation_id,
-                )
-            })
-            .collect()
-    })
+    // Those before the one that failed stay attached.
+    if failed.is_ok() || !attached.devices.is_empty() {
+        context.print(&attached, |attached| {
+            attached.devices.iter().map(sentence).collect()
+        })?;
+    }
+    failed
+}
+
+async fn attach_one(context: &Context, device: &Path, block_size: Option<u64>) -> Result<DeviceStatus> {
+    let request = api::Attach {
+        device: absolute(device)?,
+        block_size,
+    };
+    Ok(context.client.post("/v1/devices/attach", &request).await?)
+}
+
+fn sentence(device: &DeviceStatus) -> String {
+    format!(
+        "{}: tracked, {} in {} blocks of {}, generation {}\n",
+        device.device,
+        human(device.capacity),
+        device.cbt.block_count,
+        human(device.cbt.block_size),
+        device.cbt.generation_id,
+    )
 }
 
 pub(super) async fn detach(context: &Context, options: &args::Detach) -> Result<()> {
@@ -50,7 +64,7 @@ pub(super) async fn detach(context: &Context, options: &args::Detach) -> Result<
 }
 
 /// The tracked devices, or those of them that have one of `names`, each of which must be tracked.
-pub(super) async fn select(context: &Context, names: &[std::path::PathBuf]) -> Result<Devices> {
+pub(super) async fn select(context: &Context, names: &[PathBuf]) -> Result<Devices> {
     let all: Devices = context.client.get("/v1/devices").await?;
     if names.is_empty() {
         return Ok(all);
@@ -62,7 +76,7 @@ pub(super) async fn select(context: &Context, names: &[std::path::PathBuf]) -> R
         match all
             .devices
             .iter()
-            .find(|device| std::path::Path::new(&device.device) == canonical)
+            .find(|device| Path::new(&device.device) == canonical)
         {
             Some(device) => devices.push(device.clone()),
             None => bail!(

@@ -113,7 +113,7 @@ mod tests {
         };
         assert_eq!(
             line(&progress, Duration::from_secs(7)),
-            "copy: 37 % (3.0 MiB of 8 MiB), 7 s"
+            "copy: 37 % (3 MiB of 8 MiB), 7 s"
         );
         progress.total = 0;
         assert_eq!(line(&progress, Duration::from_secs(7)), "copy: 7 s");

@@ -20,7 +20,7 @@ pub(super) fn parse(text: &str) -> Result<u64, String> {
         .ok_or_else(wrong)
 }
 
-/// `bytes` with three digits and a unit, as `1.50 GiB`; exact below 1 KiB.
+/// `bytes` with a unit, as `1.5 GiB`; without a fraction where it is exact.
 pub(super) fn human(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if bytes < 1024 {
@@ -33,8 +33,9 @@ pub(super) fn human(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
+    let exact = bytes.is_multiple_of(1 << (10 * (unit + 1)));
     let unit = UNITS[unit];
-    if bytes.is_power_of_two() && value < 1024.0 {
+    if exact {
         format!("{value:.0} {unit}")
     } else {
         format!("{value:.1} {unit}")
@@ -91,6 +92,8 @@ mod tests {
             (1536, "1.5 KiB"),
             (1_048_575, "1.0 MiB"),
             (1 << 40, "1 TiB"),
+            (300 << 20, "300 MiB"),
+            ((300 << 20) + 512, "300.0 MiB"),
             (u64::MAX, "16.0 EiB"),
         ] {
             assert_eq!(human(bytes), text);

@@ -9,7 +9,7 @@ use super::progress::Display;
 use super::size::{duration, human};
 use super::table::{Align, Table};
 use super::{Context, absolute};
-use crate::control::api::{self, Snapshot, Snapshots};
+use crate::control::api::{self, Consistency, Snapshot, Snapshots};
 
 pub(super) async fn run(context: &Context, command: &Command) -> Result<()> {
     match command {
@@ -101,14 +101,21 @@ fn images(snapshot: &Snapshot) -> String {
         // Writing to a string can't fail.
         let _ = writeln!(
             text,
-            "{}  {}  {}, frozen {}",
+            "{}  {}  {}",
             device.device,
             image.uri,
-            image.consistency.label(),
-            duration(image.frozen_seconds)
+            consistency(image.consistency, image.frozen_seconds)
         );
     }
     text
+}
+
+/// What an image is as good as, and what that cost.
+pub(super) fn consistency(of: Consistency, frozen_seconds: f64) -> String {
+    match of {
+        Consistency::FileSystem => format!("{}, frozen {}", of.label(), duration(frozen_seconds)),
+        Consistency::Crash => format!("{}, nothing was frozen", of.label()),
+    }
 }
 
 fn list(snapshots: &Snapshots) -> String {
@@ -166,8 +173,10 @@ fn info(snapshot: &Snapshot) -> String {
         let Some(image) = &device.image else { continue };
         let rows = [
             ("image", image.uri.clone()),
-            ("consistency", image.consistency.label().to_owned()),
-            ("frozen", duration(image.frozen_seconds)),
+            (
+                "consistency",
+                consistency(image.consistency, image.frozen_seconds),
+            ),
             (
                 "base",
                 format!("{}:{}", image.taken.generation, image.taken.number),

@@ -40,12 +40,12 @@ impl Agent {
     ) -> Result<api::BackupResult, ApiError> {
         let options = take_options(&request.limits, action)?;
         let ensured = self.ensure_tracked(&request.device, "back up")?;
-        let device = &ensured.device;
-        let _claim = self.claim(&[device.device()], Purpose::Backup, "back up")?;
+        let known = ensured.device.device();
+        let _claim = self.claim(&[known], Purpose::Backup, "back up")?;
         // A device that was resized begins anew first.
         let device = self
             .tracker
-            .device_for_take(device.device().id)
+            .device_for_take(known.id)
             .map_err(|error| error.tell(action))?;
         let (progress, cancel, _guard) = listen(reporter);
         let made = backup::from_device(
@@ -68,7 +68,13 @@ impl Agent {
         })?;
         self.takes
             .succeeded(report.frozen_ms / 1000.0, report.bytes_copied);
-        drop(_claim);
+        tracing::info!(
+            device = %report.device.display(),
+            target = %report.target.display(),
+            copied = report.bytes_copied,
+            frozen_ms = report.frozen_ms,
+            "device backed up"
+        );
         ensured.keep();
         Ok(told(report, request.incremental))
     }
