@@ -168,7 +168,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
             ApiError::new(
                 Code::InvalidRequest,
                 format!("read the request: {}", error.body_text()),
-                "send JSON as docs of the control interface say",
+                "send JSON with its content type: docs/control.md has examples",
             )
         })?;
         Ok(Self(value))
