@@ -1,9 +1,9 @@
 //! Bitmap: one bit per tracking block and period, written by the programs, mapped here.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 
-use aya::maps::MapData;
+use aya::maps::{ArrayOfMaps, Map, MapData, MapError};
 use blksnap_common::track::BITMAP_HEADER_WORDS;
 
 use crate::cbt::CbtMap;
@@ -44,12 +44,59 @@ impl Bitmap {
         Ok(Self { map, shared })
     }
 
+    /// Whether no bit is set.
+    pub(super) fn is_clear(&self) -> bool {
+        self.shared.words()[BITMAP_HEADER_WORDS as usize..]
+            .iter()
+            .all(|word| word.load(Ordering::Acquire) == 0)
+    }
+
     /// A copy of the bits.
     pub(super) fn bits(&self) -> Vec<u64> {
         self.shared.words()[BITMAP_HEADER_WORDS as usize..]
             .iter()
             .map(|word| word.load(Ordering::Acquire))
             .collect()
+    }
+}
+
+/// The `BITMAPS` map: which bitmap each slot writes to. Every device has a handle of its own, so that devices
+/// wait for the kernel side by side.
+pub(super) struct BitmapTable {
+    map: ArrayOfMaps<MapData, MapData>,
+}
+
+impl std::fmt::Debug for BitmapTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BitmapTable").finish_non_exhaustive()
+    }
+}
+
+impl BitmapTable {
+    /// The table of a loaded object.
+    pub(super) fn new(map: Map) -> Result<Self, TrackerError> {
+        let map = ArrayOfMaps::try_from(map).map_err(|e| TrackerError::Load(one_line(&e)))?;
+        Ok(Self { map })
+    }
+
+    /// Another handle of the map behind `fd`.
+    pub(super) fn open(fd: BorrowedFd<'_>) -> Result<Self, TrackerError> {
+        let io = |source| TrackerError::Io {
+            action: "open map BITMAPS again".to_owned(),
+            source,
+        };
+        let load = |e: MapError| TrackerError::Load(one_line(&e));
+        let data = MapData::from_fd(fd.try_clone_to_owned().map_err(io)?).map_err(load)?;
+        Self::new(Map::from_map_data(data).map_err(load)?)
+    }
+
+    /// Lets the programs write to `bitmap` for `slot`; the bitmap before is final when this returns.
+    pub(super) fn set(&mut self, slot: u32, bitmap: &Bitmap) -> Result<(), TrackerError> {
+        self.map.set(slot, &bitmap.map, 0).map_err(|e| TrackerError::Map {
+            action: "open a period of",
+            slot,
+            reason: one_line(&e),
+        })
     }
 }
 

@@ -18,7 +18,7 @@ use blksnap_common::blockrange::{BlockRange, blocks_of};
 use blksnap_common::track::{OP_KINDS, Record, Slot, SlotState};
 use serde::Serialize;
 
-use super::bitmap::{Bitmap, DirtyBlocks};
+use super::bitmap::{Bitmap, BitmapTable, DirtyBlocks};
 use super::object::RunMisses;
 use super::watch::Watchers;
 use super::{Shared, TrackerError, probe};
@@ -75,6 +75,7 @@ pub struct TrackedDevice {
 #[derive(Debug)]
 struct State {
     map: CbtMap,
+    table: BitmapTable,
     bitmap: Bitmap,
     period: u64,
     /// Whole-device operations and errors handled so far.
@@ -122,10 +123,12 @@ impl TrackedDevice {
             };
             let at_attach = shared.slot_state(id);
             let run_misses = object.run_misses()?.steady;
-            object.insert(disk, slot, kind, &bitmap)?;
-            Ok((slot, bitmap, at_attach, run_misses))
+            let mut table = object.bitmap_table()?;
+            table.set(id, &bitmap)?;
+            object.insert(disk, slot, kind)?;
+            Ok((slot, table, bitmap, at_attach, run_misses))
         })();
-        let (slot, bitmap, at_attach, run_misses) =
+        let (slot, table, bitmap, at_attach, run_misses) =
             started.inspect_err(|_: &TrackerError| object.release(id))?;
         drop(object);
         let tracked = Self {
@@ -135,6 +138,7 @@ impl TrackedDevice {
             shared: Arc::clone(shared),
             state: Mutex::new(State {
                 map,
+                table,
                 bitmap,
                 period: 1,
                 whole_device: at_attach.whole_device,
@@ -189,7 +193,7 @@ impl TrackedDevice {
         }
         let blocks = self.block_size.blocks_in(self.device.capacity);
         let next = Bitmap::new(self.slot.id, blocks, state.period + 1)?;
-        self.shared.object().swap_bitmap(self.slot.id, &next)?;
+        state.table.set(self.slot.id, &next)?;
         let closed = std::mem::replace(&mut state.bitmap, next);
         state.period += 1;
         let mut dirty = DirtyBlocks::new(closed.bits());
@@ -205,6 +209,16 @@ impl TrackedDevice {
         dirty.mark(&mut state.map);
         state.watchers.tell(&dirty);
         Ok(dirty)
+    }
+
+    /// Whether nothing was marked since the last close, by any program that has ended or will end: it looks at the
+    /// open bitmap and does not wait, so a program that runs meanwhile may mark just afterwards. Quicker than
+    /// [`Self::close_period`], which waits for the kernel.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        let state = self.state();
+        let seen = self.shared.slot_state(self.slot.id);
+        state.bitmap.is_clear() && seen.whole_device == state.whole_device && seen.errors == state.errors
     }
 
     /// Hands the blocks of every period closed from now on to `watcher`, too.
@@ -434,15 +448,13 @@ impl TrackedDevice {
             return Ok(());
         }
         let disk = self.device.disk_id.kernel_dev();
-        {
-            let mut state = self.state();
-            state.map.corrupt(ResetReason::Requested);
-        }
+        let mut state = self.state();
+        state.map.corrupt(ResetReason::Requested);
         let placeholder = Bitmap::new(self.slot.id, 1, 0)?;
         let mut object = self.shared.object();
         object.remove(disk, self.slot.id)?;
         object.drop_ledger_if_unused()?;
-        object.swap_bitmap(self.slot.id, &placeholder)?;
+        state.table.set(self.slot.id, &placeholder)?;
         object.release(self.slot.id);
         Ok(())
     }

@@ -5,10 +5,10 @@
 //! program uses the old value any more.
 
 use std::collections::HashMap as StdHashMap;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use aya::maps::{Array, ArrayOfMaps, HashMap, HashOfMaps, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
+use aya::maps::{Array, HashMap, HashOfMaps, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
 use aya::programs::BtfTracePoint;
 use aya::programs::tp_btf::BtfTracePointLinkId;
 use aya::{Btf, Ebpf, EbpfLoader};
@@ -18,7 +18,7 @@ use blksnap_common::track::{
 };
 
 use super::TrackerError;
-use super::bitmap::{Bitmap, one_line};
+use super::bitmap::{BitmapTable, one_line};
 use super::btf::KernelBtf;
 use super::layout::Layout;
 use super::probe::DiskKind;
@@ -59,7 +59,8 @@ impl RunMisses {
 pub(super) struct Object {
     ebpf: Ebpf,
     disks: HashOfMaps<MapData, u32, Array<MapData, DiskSlots>>,
-    bitmaps: ArrayOfMaps<MapData, MapData>,
+    /// `BITMAPS`; devices have handles of their own.
+    bitmaps: OwnedFd,
     counters: PerCpuArray<MapData, SlotCounters>,
     ledger: HashMap<MapData, u64, LedgerEntry>,
     /// What `DISKS` holds.
@@ -108,7 +109,10 @@ impl Object {
             .map_err(|e| load(&e))?;
         let ring = RingBuf::try_from(take("EVENTS")?).map_err(|e| load(&e))?;
         let disks = HashOfMaps::try_from(take("DISKS")?).map_err(|e| load(&e))?;
-        let bitmaps = ArrayOfMaps::try_from(take("BITMAPS")?).map_err(|e| load(&e))?;
+        let Map::ArrayOfMaps(data) = take("BITMAPS")? else {
+            return Err(TrackerError::Load("map BITMAPS is no array of maps".to_owned()));
+        };
+        let bitmaps = data.fd().as_fd().try_clone_to_owned().map_err(|e| load(&e))?;
         let counters = PerCpuArray::try_from(take("COUNTERS")?).map_err(|e| load(&e))?;
         let ledger = HashMap::try_from(take("LEDGER")?).map_err(|e| load(&e))?;
         for name in STEADY {
@@ -160,21 +164,14 @@ impl Object {
         self.used[slot as usize] = false;
     }
 
-    /// Starts tracking: the bitmap first, then the disk's entry.
-    pub(super) fn insert(
-        &mut self,
-        disk: u32,
-        slot: Slot,
-        kind: DiskKind,
-        bitmap: &Bitmap,
-    ) -> Result<(), TrackerError> {
+    /// Starts tracking. The slot has its bitmap already.
+    pub(super) fn insert(&mut self, disk: u32, slot: Slot, kind: DiskKind) -> Result<(), TrackerError> {
         let cpus = aya::util::nr_cpus().map_err(|(_, e)| TrackerError::Load(e.to_string()))?;
         let zero = PerCpuValues::try_from(vec![SlotCounters::default(); cpus])
             .map_err(|e| map_error("clear the counters of", slot.id, &e))?;
         self.counters
             .set(slot.id, zero, 0)
             .map_err(|e| map_error("clear the counters of", slot.id, &e))?;
-        self.swap_bitmap(slot.id, bitmap)?;
         let mut slots = self.table.get(&disk).copied().unwrap_or(DiskSlots::EMPTY);
         slots.zone_sectors = kind.zone_sectors;
         slots.flags = slots.flags & !DISK_REQUESTS | if kind.requests { DISK_REQUESTS } else { 0 };
@@ -198,11 +195,9 @@ impl Object {
         self.set_disk(disk, slot, slots)
     }
 
-    /// Opens a new period of the slot; the old bitmap is final when this returns.
-    pub(super) fn swap_bitmap(&mut self, slot: u32, bitmap: &Bitmap) -> Result<(), TrackerError> {
-        self.bitmaps
-            .set(slot, &bitmap.map, 0)
-            .map_err(|e| map_error("open a period of", slot, &e))
+    /// A handle of the table of bitmaps.
+    pub(super) fn bitmap_table(&self) -> Result<BitmapTable, TrackerError> {
+        BitmapTable::open(self.bitmaps.as_fd())
     }
 
     /// Switches the ledger of a slot. The programs that see completions are attached before the first write is

@@ -46,6 +46,18 @@ impl DeviceWatch {
         Ok(self.drain())
     }
 
+    /// Whether there is nothing to collect now; see [`TrackedDevice::is_clean`] for what "now" means.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        // The open period first: one that somebody closes between the two is then seen in what was collected.
+        self.device.is_clean()
+            && self
+                .collected
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .is_empty()
+    }
+
     /// What others have closed since the last call of this or of [`DeviceWatch::close_period`].
     #[must_use]
     pub fn drain(&self) -> DirtyBlocks {
