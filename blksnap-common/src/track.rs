@@ -6,8 +6,23 @@ pub const ABI_VERSION: u32 = 1;
 /// Number of slots: tracked (disk, first sector, last sector) ranges over all disks.
 pub const MAX_SLOTS: u32 = 256;
 
-/// Number of disks with at least one slot.
-pub const MAX_DISKS: u32 = 128;
+/// Entries of the disk table.
+pub const DISK_TABLE: u32 = 256;
+
+/// Entries that a disk may have its place in, from [`disk_entry`] on.
+pub const DISK_PROBES: u32 = 4;
+
+/// [`DiskSlots::disk`] of an entry without a disk.
+pub const NO_DISK: u32 = u32::MAX;
+
+/// First entry of the disk table in which `disk`, a `dev_t` of the kernel, is looked for. A table looked up by
+/// number costs a program a few instructions, a hash map a call.
+#[inline(always)]
+#[must_use]
+pub const fn disk_entry(disk: u32) -> u32 {
+    // Fibonacci hashing: minors of one driver differ by 1 or 16.
+    disk.wrapping_mul(0x9e37_79b1) >> 24
+}
 
 /// Slots of one disk: the whole disk and its partitions.
 pub const SLOTS_PER_DISK: usize = 16;
@@ -50,7 +65,7 @@ pub struct Slot {
     pub reserved: u32,
 }
 
-/// All slots of one disk: the value of the `DISKS` map, replaced as a whole.
+/// All slots of one disk: an entry of the disk table (map `DISKS`), replaced as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct DiskSlots {
@@ -60,8 +75,8 @@ pub struct DiskSlots {
     pub zone_sectors: u32,
     /// [`DISK_REQUESTS`], [`DISK_LEDGER`].
     pub flags: u32,
-    /// Always 0.
-    pub reserved: u32,
+    /// The disk, as the kernel's `dev_t`, or [`NO_DISK`].
+    pub disk: u32,
     /// The slots.
     pub slots: [Slot; SLOTS_PER_DISK],
 }
@@ -72,7 +87,7 @@ impl DiskSlots {
         count: 0,
         zone_sectors: 0,
         flags: 0,
-        reserved: 0,
+        disk: NO_DISK,
         slots: [Slot {
             first_sector: 0,
             end_sector: 0,

@@ -1,26 +1,32 @@
 //! Maps: all state of the programs. Their layout is `blksnap_common::track`.
 
 use aya_ebpf::bindings::{BPF_F_INNER_MAP, BPF_F_MMAPABLE};
-use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, HashOfMaps, PerCpuArray, RingBuf};
+use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
 use blksnap_common::track::{
-    DiskSlots, LEDGER_ENTRIES, LedgerEntry, MAX_DISKS, MAX_SLOTS, RING_BYTES, Record, SlotCounters, SlotState,
+    DISK_PROBES, DISK_TABLE, DiskSlots, LEDGER_ENTRIES, LedgerEntry, MAX_SLOTS, RING_BYTES, Record,
+    SlotCounters, SlotState, disk_entry,
 };
 
 /// A bitmap: as many words as the device needs, mapped by the agent.
 pub(crate) type Bitmap = Array<u64, 1, { (BPF_F_INNER_MAP | BPF_F_MMAPABLE) as usize }>;
 
-/// The slots of each tracked disk. A map in a map, since replacing an element of one waits for running
-/// programs: none sees half a change.
+/// The disk table. A map in a map, since replacing an element of one waits for running programs: none sees half
+/// a change.
 #[btf_map]
-static DISKS: HashOfMaps<u32, Array<DiskSlots, 1>, { MAX_DISKS as usize }> = HashOfMaps::new();
+static DISKS: ArrayOfMaps<Array<DiskSlots, 1>, { DISK_TABLE as usize }> = ArrayOfMaps::new();
 
 /// The slots of `disk`, if it has any.
 #[inline(always)]
 pub(crate) fn slots_of(disk: u32) -> Option<&'static DiskSlots> {
-    // SAFETY: the inner array is never changed once it is in the outer map; it is replaced as a whole, and the
-    // kernel frees it after the running programs have ended.
-    unsafe { DISKS.get_value(&disk, &0) }
+    let first = disk_entry(disk);
+    for probe in 0..DISK_PROBES {
+        let slots = DISKS.get_value((first + probe) & (DISK_TABLE - 1), &0)?;
+        if slots.disk == disk {
+            return Some(slots);
+        }
+    }
+    None
 }
 
 /// The bitmap of each slot's open period.

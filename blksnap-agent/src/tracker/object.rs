@@ -8,13 +8,13 @@ use std::collections::HashMap as StdHashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use aya::maps::{Array, HashMap, HashOfMaps, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
+use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
 use aya::programs::BtfTracePoint;
 use aya::programs::tp_btf::BtfTracePointLinkId;
 use aya::{Btf, Ebpf, EbpfLoader};
 use blksnap_common::track::{
-    DISK_LEDGER, DISK_REQUESTS, DiskSlots, LedgerEntry, MAX_DISKS, MAX_SLOTS, SLOT_LEDGER, SLOTS_PER_DISK,
-    Slot, SlotCounters, SlotState,
+    DISK_LEDGER, DISK_PROBES, DISK_REQUESTS, DISK_TABLE, DiskSlots, LedgerEntry, MAX_SLOTS, NO_DISK,
+    SLOT_LEDGER, SLOTS_PER_DISK, Slot, SlotCounters, SlotState, disk_entry,
 };
 
 use super::TrackerError;
@@ -58,7 +58,9 @@ impl RunMisses {
 /// Programs, maps and slots.
 pub(super) struct Object {
     ebpf: Ebpf,
-    disks: HashOfMaps<MapData, u32, Array<MapData, DiskSlots>>,
+    disks: ArrayOfMaps<MapData, Array<MapData, DiskSlots>>,
+    /// The disk in each entry of `DISKS`; `None` for one that was never used.
+    entries: [Option<u32>; DISK_TABLE as usize],
     /// `BITMAPS`; devices have handles of their own.
     bitmaps: OwnedFd,
     counters: PerCpuArray<MapData, SlotCounters>,
@@ -108,7 +110,7 @@ impl Object {
         let state = SharedWords::map(data.fd().as_fd(), MAX_SLOTS as usize * size_of::<SlotState>() / 8)
             .map_err(|e| load(&e))?;
         let ring = RingBuf::try_from(take("EVENTS")?).map_err(|e| load(&e))?;
-        let disks = HashOfMaps::try_from(take("DISKS")?).map_err(|e| load(&e))?;
+        let disks = ArrayOfMaps::try_from(take("DISKS")?).map_err(|e| load(&e))?;
         let Map::ArrayOfMaps(data) = take("BITMAPS")? else {
             return Err(TrackerError::Load("map BITMAPS is no array of maps".to_owned()));
         };
@@ -121,6 +123,7 @@ impl Object {
         let object = Self {
             ebpf,
             disks,
+            entries: [None; DISK_TABLE as usize],
             bitmaps,
             counters,
             ledger,
@@ -147,8 +150,8 @@ impl Object {
             Some(slots) if slots.count as usize == SLOTS_PER_DISK => {
                 return Err(full(SLOTS_PER_DISK, "ranges of its disk"));
             }
-            None if self.table.len() == MAX_DISKS as usize => {
-                return Err(full(MAX_DISKS as usize, "disks"));
+            None if self.entry_of(disk).is_none() => {
+                return Err(full(self.table.len(), "disks"));
             }
             _ => {}
         }
@@ -307,15 +310,25 @@ impl Object {
         Ok(misses)
     }
 
+    /// The entry of the disk table that `disk` has or may take; `None` if its places are taken.
+    fn entry_of(&self, disk: u32) -> Option<u32> {
+        let places = || (0..DISK_PROBES).map(|probe| (disk_entry(disk) + probe) % DISK_TABLE);
+        let holds = |entry: u32, wanted: Option<u32>| self.entries[entry as usize] == wanted;
+        places()
+            .find(|entry| holds(*entry, Some(disk)))
+            .or_else(|| places().find(|entry| holds(*entry, Some(NO_DISK)) || holds(*entry, None)))
+    }
+
     fn set_disk(&mut self, disk: u32, slot: u32, mut slots: DiskSlots) -> Result<(), TrackerError> {
         let action = "update the disk of";
-        if slots.count == 0 {
-            self.disks
-                .remove(&disk)
-                .map_err(|e| map_error(action, slot, &e))?;
-            self.table.remove(&disk);
-            return Ok(());
-        }
+        let full = || TrackerError::Map {
+            action,
+            slot,
+            reason: "the disk table is full".to_owned(),
+        };
+        let entry = self.entry_of(disk).ok_or_else(full)?;
+        // An entry that was used once stays, so that a look-up goes on to the ones after it.
+        slots.disk = if slots.count == 0 { NO_DISK } else { disk };
         let kept = slots.slots[..slots.count as usize]
             .iter()
             .any(|entry| entry.flags & SLOT_LEDGER != 0);
@@ -327,9 +340,14 @@ impl Object {
         let mut inner = Array::<MapData, DiskSlots>::create(1, 0).map_err(|e| map_error(action, slot, &e))?;
         inner.set(0, slots, 0).map_err(|e| map_error(action, slot, &e))?;
         self.disks
-            .insert(disk, &inner, 0)
+            .set(entry, &inner, 0)
             .map_err(|e| map_error(action, slot, &e))?;
-        self.table.insert(disk, slots);
+        self.entries[entry as usize] = Some(slots.disk);
+        if slots.count == 0 {
+            self.table.remove(&disk);
+        } else {
+            self.table.insert(disk, slots);
+        }
         Ok(())
     }
 }
