@@ -120,6 +120,27 @@ fn without_a_daemon_the_remedy_is_said() {
 }
 
 #[test]
+fn a_command_waits_for_a_daemon_that_is_starting() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("run/control.sock");
+    let mut daemon = Command::new(agent_binary().unwrap())
+        .args(["daemon", "--socket", path(&socket), "--storage"])
+        .arg(directory.path().join("storage"))
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !socket.with_file_name("daemon.lock").exists() {
+        assert!(daemon.try_wait().unwrap().is_none());
+    }
+    let answer = agent(&["--socket", path(&socket), "status"]);
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(daemon.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(daemon.wait().unwrap().success());
+    answer.ok().unwrap();
+}
+
+#[test]
 fn without_privileges_every_command_says_so() {
     let daemon = Daemon::start().unwrap();
     // Where somebody without privileges can run it.

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use http_body_util::{BodyExt as _, Full};
@@ -14,10 +15,20 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
+use super::LOCK_FILE;
 use super::api::{ErrorBody, Event, Progress};
 
 /// Longest line of a streamed answer: a snapshot of thousands of devices fits.
 const LINE_BYTES: usize = 16 << 20;
+
+/// Longest wait for a daemon that is starting: the kernel verifies its programs.
+const START_LIMIT: Duration = Duration::from_secs(30);
+
+/// Wait for a daemon that was started in the same breath and has not made its lock file yet.
+const FIRST_MOMENT: Duration = Duration::from_millis(200);
+
+/// Pause between attempts.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// A request failed.
 #[derive(Debug, thiserror::Error)]
@@ -80,22 +91,49 @@ impl Client {
         }
     }
 
+    /// Connects; a daemon that is just starting is waited for.
+    async fn connect(&self) -> Result<UnixStream, ClientError> {
+        let began = Instant::now();
+        loop {
+            let socket = self.socket.clone();
+            let source = match UnixStream::connect(&self.socket).await {
+                Ok(stream) => return Ok(stream),
+                Err(source) => source,
+            };
+            match source.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    let patience = if self.daemon_lives() {
+                        START_LIMIT
+                    } else {
+                        FIRST_MOMENT
+                    };
+                    if began.elapsed() >= patience {
+                        return Err(ClientError::NotRunning { socket });
+                    }
+                }
+                io::ErrorKind::PermissionDenied => return Err(ClientError::NotAllowed { socket }),
+                _ => return Err(ClientError::Connect { socket, source }),
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Whether the process in the lock file lives and is a daemon.
+    fn daemon_lives(&self) -> bool {
+        let pid = std::fs::read_to_string(self.socket.with_file_name(LOCK_FILE)).unwrap_or_default();
+        pid.parse::<u32>().is_ok_and(|pid| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm"))
+                .is_ok_and(|name| name.trim_end() == env!("CARGO_PKG_NAME"))
+        })
+    }
+
     async fn send(
         &self,
         method: Method,
         path: &str,
         body: Option<Vec<u8>>,
     ) -> Result<Response<Incoming>, ClientError> {
-        let stream = UnixStream::connect(&self.socket).await.map_err(|source| {
-            let socket = self.socket.clone();
-            match source.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                    ClientError::NotRunning { socket }
-                }
-                io::ErrorKind::PermissionDenied => ClientError::NotAllowed { socket },
-                _ => ClientError::Connect { socket, source },
-            }
-        })?;
+        let stream = self.connect().await?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(error))?;

@@ -28,3 +28,6 @@ pub const CONTROL_SOCKET: &str = "control.sock";
 
 /// Name of the NBD socket in the runtime directory.
 pub const NBD_SOCKET: &str = "nbd.sock";
+
+/// Name of the lock file in the runtime directory; it holds the process id of the daemon.
+pub const LOCK_FILE: &str = "daemon.lock";

@@ -1,7 +1,7 @@
 //! Lifecycle: start, wait for a signal, end.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::agent::Agent;
 use crate::cbt::TrackingParams;
 use crate::control::directory::{DirectoryError, RuntimeDirectory};
-use crate::control::{Service, server};
+use crate::control::{LOCK_FILE, Service, server};
 use crate::nbd::registry::Exports;
 use crate::nbd::server::{Server, ServerLimits};
 use crate::nbd::socket::{self as nbd_socket, SocketName};
@@ -28,9 +28,6 @@ const GRACE: Duration = Duration::from_secs(30);
 
 /// Longest wait for threads that are still busy after that.
 const THREADS: Duration = Duration::from_secs(5);
-
-/// Name of the lock file in the runtime directory.
-const LOCK: &str = "daemon.lock";
 
 /// What a daemon is told at its start. All paths are absolute.
 #[derive(Clone, Debug)]
@@ -109,7 +106,7 @@ struct DirectoryLock {
 
 impl DirectoryLock {
     fn take(directory: &Path) -> Result<Self, DaemonError> {
-        let path = directory.join(LOCK);
+        let path = directory.join(LOCK_FILE);
         let wrong = |source: io::Error| DaemonError::Lock {
             path: path.clone(),
             source,
@@ -130,6 +127,10 @@ impl DirectoryLock {
             // The daemon before may have removed the file between our open and our lock.
             let ours = file.metadata().map_err(wrong)?;
             if fs::metadata(&path).is_ok_and(|now| (now.dev(), now.ino()) == (ours.dev(), ours.ino())) {
+                // For clients that come before the sockets.
+                file.set_len(0)
+                    .and_then(|()| (&*file).write_all(std::process::id().to_string().as_bytes()))
+                    .map_err(wrong)?;
                 return Ok(Self { path, _file: file });
             }
         }
