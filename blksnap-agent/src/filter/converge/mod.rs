@@ -47,12 +47,14 @@
 //! # The origin
 //! An error, a full target or a cancel while frozen thaws first. A watchdog process thaws if the agent is killed or
 //! late ([`crate::disk::watchdog`]); a take whose file systems were thawed by somebody else fails. A target on one
-//! of the file systems is refused before anything is frozen: the copy of the rest would wait for the thaw.
+//! of the file systems is refused before anything is frozen: the copy of the rest would wait for the thaw. Takes
+//! that run at the same time freeze one after the other (`Turn`).
 
 mod hook;
 mod party;
 mod rounds;
 mod tracked;
+mod turn;
 mod window;
 
 use std::path::PathBuf;

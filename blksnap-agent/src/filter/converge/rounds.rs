@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::hook::FreezeHook;
 use super::party::Party;
 use super::tracked::Quiesce;
+use super::turn::Turn;
 use super::{ConvergeError, Converged, Limits, MAX_PASSES};
 use crate::engine::{CancelToken, Copier, CopyError, Job, Phase, Progress};
 
@@ -33,6 +34,9 @@ const PATIENCE: u32 = 2;
 
 /// Rate assumed before one is known, in bytes per second. Low, so that a first rest is not thought small.
 const FIRST_RATE: f64 = 50e6;
+
+/// Turns that are given back because they came late, so that not everybody waits for one that is always late.
+const LATE_TURNS: u32 = 3;
 
 /// Bytes that must be copied before their rate counts.
 const RATE_SAMPLE: u64 = 1 << 20;
@@ -96,9 +100,10 @@ impl<'a> Converge<'a> {
                 party.begin()?;
             }
             self.copy(Phase::Copying)?;
-            if self.rounds()?
+            if let Some(turn) = self.rounds_and_turn()?
                 && let Window::Taken(converged) = self.window()?
             {
+                drop(turn);
                 self.progress.update(Phase::Done, 0, 0);
                 return Ok(converged);
             }
@@ -144,6 +149,20 @@ impl<'a> Converge<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Copies what was written meanwhile until it is little, and waits for the turn to freeze. If that took long,
+    /// it may be much again. `None` if the pass has to start again.
+    fn rounds_and_turn(&mut self) -> Result<Option<Turn>, ConvergeError> {
+        let mut late = 0;
+        while self.rounds()? {
+            let turn = Turn::wait(|| self.check_cancel())?;
+            late += 1;
+            if turn.waited <= SMALL || late > LATE_TURNS {
+                return Ok(Some(turn));
+            }
+        }
+        Ok(None)
     }
 
     /// Copies what was written meanwhile until it is little. False if the pass has to start again.
