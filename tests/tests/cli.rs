@@ -793,6 +793,54 @@ fn stopping_the_daemon_in_a_freeze_thaws_and_tells_the_client() {
 }
 
 #[test]
+fn takes_of_one_file_system_at_the_same_time_all_succeed() {
+    let daemon = Daemon::start().unwrap();
+    let mut device = LoopDevice::new(64 * MIB).unwrap();
+    device.mkfs("ext4").unwrap();
+    let mountpoint = device.mount().unwrap();
+    let node = path(device.path());
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut round = 0_u8;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                round = round.wrapping_add(1);
+                std::fs::write(
+                    mountpoint.join(format!("file{}", round % 8)),
+                    vec![round; 1 << 20],
+                )
+                .unwrap();
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+        });
+        let all = std::panic::catch_unwind(|| {
+            for _ in 0..3 {
+                let targets = [1, 2].map(|n| daemon.scratch().join(format!("{n}.img")));
+                let mut takes: Vec<_> = targets
+                    .iter()
+                    .map(|target| daemon.command(["backup", "--incremental", node, path(target)]))
+                    .chain([daemon.command(["snapshot", "create", node])])
+                    .map(|mut take| take.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap())
+                    .collect();
+                for take in takes.drain(..) {
+                    let output = take.wait_with_output().unwrap();
+                    assert!(
+                        output.status.success(),
+                        "{}",
+                        String::from_utf8_lossy(&output.stderr)
+                    );
+                }
+                for target in &targets {
+                    run("e2fsck", ["-fn", path(target)]).unwrap();
+                }
+            }
+        });
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        all.unwrap();
+    });
+}
+
+#[test]
 fn a_backup_whose_client_is_gone_ends() {
     let daemon = Daemon::start().unwrap();
     let device = LoopDevice::new(32 * MIB).unwrap();

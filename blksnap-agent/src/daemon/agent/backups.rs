@@ -39,13 +39,11 @@ impl Agent {
         reporter: &Reporter,
     ) -> Result<api::BackupResult, ApiError> {
         let options = take_options(&request.limits, action)?;
-        let ensured = self.ensure_tracked(&request.device, "back up")?;
-        let known = ensured.device.device();
-        let _claim = self.claim(&[known], Purpose::Backup, "back up")?;
+        let ensured = self.ensure_tracked(&request.device, Purpose::Backup, "back up")?;
         // A device that was resized begins anew first.
         let device = self
             .tracker
-            .device_for_take(known.id)
+            .device_for_take(ensured.device.device().id)
             .map_err(|error| error.tell(action))?;
         let (progress, cancel, _guard) = listen(reporter);
         let made = backup::from_device(

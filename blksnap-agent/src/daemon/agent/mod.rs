@@ -29,7 +29,7 @@ use crate::disk::BlockDevice;
 use crate::nbd::counters::Counters;
 use crate::nbd::registry::Exports;
 use crate::snapshot::Snapshots;
-use crate::tracker::{TrackedDevice, Tracker};
+use crate::tracker::{Granularity, TrackedDevice, Tracker, TrackerError};
 use crate::units::SnapshotId;
 
 /// The facade behind the control interface.
@@ -90,25 +90,34 @@ impl Agent {
         })
     }
 
-    /// The tracked device at `path`, which is attached where it was not.
-    fn ensure_tracked(&self, path: &str, action: &str) -> Result<Ensured<'_>, ApiError> {
+    /// The tracked device at `path`, claimed; it is attached where it was not.
+    fn ensure_tracked(&self, path: &str, purpose: Purpose, action: &str) -> Result<Ensured<'_>, ApiError> {
         let device = Self::open(path, action)?;
-        if let Some(device) = self.tracker.device(device.id) {
-            return Ok(Ensured {
-                agent: self,
-                device,
-                attached_here: false,
-            });
-        }
-        let device = self
-            .tracker
-            .attach(device, crate::tracker::Granularity::Adaptive(self.parameters))
-            .map_err(|error| error.tell(format_args!("{action} {path}")))?;
-        tracing::info!(device = %device.device().path.display(), "attached for {action}");
+        // From here on nobody detaches it.
+        let claim = self.claim(&[&device], purpose, action)?;
+        let id = device.id;
+        let (device, attached_here) = match self.tracker.device(id) {
+            Some(device) => (device, false),
+            None => match self
+                .tracker
+                .attach(device, Granularity::Adaptive(self.parameters))
+            {
+                Ok(device) => {
+                    tracing::info!(device = %device.device().path.display(), "attached for {action}");
+                    (device, true)
+                }
+                Err(error) => match self.tracker.device(id) {
+                    // Somebody else was faster.
+                    Some(device) if matches!(error, TrackerError::Already(_)) => (device, false),
+                    _ => return Err(error.tell(format_args!("{action} {path}"))),
+                },
+            },
+        };
         Ok(Ensured {
             agent: self,
+            claim: Some(claim),
             device,
-            attached_here: true,
+            attached_here,
         })
     }
 
@@ -130,9 +139,11 @@ impl Agent {
     }
 }
 
-/// A tracked device. If it was attached for a piece of work that then fails, it is detached again.
+/// A tracked device, claimed for a piece of work. If it was attached for that and the work fails, it is detached
+/// again.
 struct Ensured<'a> {
     agent: &'a Agent,
+    claim: Option<Claim>,
     device: Arc<TrackedDevice>,
     attached_here: bool,
 }
@@ -146,6 +157,7 @@ impl Ensured<'_> {
 
 impl Drop for Ensured<'_> {
     fn drop(&mut self) {
+        self.claim = None;
         if !self.attached_here {
             return;
         }

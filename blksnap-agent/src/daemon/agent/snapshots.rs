@@ -49,7 +49,7 @@ impl Agent {
         let ensured = request
             .devices
             .iter()
-            .map(|path| self.ensure_tracked(path, "snapshot"))
+            .map(|path| self.ensure_tracked(path, Purpose::Take, "snapshot"))
             .collect::<Result<Vec<_>, _>>()?;
         let ids: Vec<_> = ensured.iter().map(|ensured| ensured.device.device().id).collect();
         let info = self
@@ -80,7 +80,7 @@ impl Agent {
         let action = format!("add {}", request.device);
         // Nothing is attached for a snapshot that is not there.
         self.snapshots.info(id).map_err(|error| error.tell(&action))?;
-        let ensured = self.ensure_tracked(&request.device, "add")?;
+        let ensured = self.ensure_tracked(&request.device, Purpose::Take, "add")?;
         let info = self
             .snapshots
             .add(id, ensured.device.device().id)
@@ -112,10 +112,7 @@ impl Agent {
         let action = format!("snapshot {devices}");
         let options = take_options(&request.limits, &action)?;
         let (info, ensured) = self.create(&request.create)?;
-        let claimed: Vec<_> = info.devices.iter().collect();
-        let taken = self
-            .claim(&claimed, Purpose::Take, "take a snapshot of")
-            .and_then(|_claim| self.take(info.id, options, &action, reporter));
+        let taken = self.take(info.id, options, &action, reporter);
         match taken {
             Ok(snapshot) => {
                 ensured.into_iter().for_each(Ensured::keep);
