@@ -130,7 +130,7 @@ fn stacked_file_systems_freeze_from_the_top_and_thaw_from_the_bottom() {
     assert_eq!(only_lower.hold(&on_lower).unwrap(), Some(lower_mount.clone()));
     let only_upper = FileSystems::on(&[&devices[1]]).unwrap();
     assert_eq!(only_upper.hold(&on_lower).unwrap(), None);
-    assert_eq!(only_upper.hold(&tempfile::tempfile().unwrap()).unwrap(), None);
+    assert_eq!(only_upper.hold(tempfile::tempfile().unwrap()).unwrap(), None);
 }
 
 /// A file system on a loop device made by hand.
@@ -268,8 +268,8 @@ fn mounts_of_disks_and_partitions_are_found() {
         let mounts = open(path).mounts().unwrap();
         mounts.into_iter().map(|mount| mount.mountpoint).collect()
     };
-    assert_eq!(of(&disk.partition(1)), [first.clone()]);
-    assert_eq!(of(&disk.partition(2)), [second.clone()]);
+    assert_eq!(of(&disk.partition(1)), std::slice::from_ref(&first));
+    assert_eq!(of(&disk.partition(2)), std::slice::from_ref(&second));
     assert_eq!(of(disk.path()), [first, second]);
     let (whole, part) = (open(disk.path()), open(&disk.partition(2)));
     assert!(whole.is_whole_disk() && !part.is_whole_disk());
