@@ -53,7 +53,7 @@ fn a_write_shows_in_its_period_and_no_other() -> Result<()> {
     write_direct(disk.path(), 65536 * 5 - 4096, 8192)?;
     ensure!(dirty(&device)? == [(65536 * 3, 65536 * 3)]);
     ensure!(dirty(&device)?.is_empty());
-    write_direct(disk.path(), 10 * MIB, 8 * MIB as usize)?;
+    write_direct(disk.path(), 10 * MIB, 8 << 20)?;
     ensure!(dirty(&device)? == [(10 * MIB, 8 * MIB)]);
     let counters = device.counters()?;
     ensure!(counters.bytes[0] == 4096 + 8192 + 8 * MIB, "{counters:?}");

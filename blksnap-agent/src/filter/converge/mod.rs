@@ -24,7 +24,7 @@
 //! writes that were queued *before the ledger*:
 //!
 //! 4. If such a write completes, it is counted as unknown. The count is read before the first read of a pass; if
-//!    it has risen at `T`, or the ledger has lost a write, the whole pass starts again ([`MAX_PASSES`]).
+//!    it has risen at `T`, or the ledger has lost a write, the whole pass starts again (`MAX_PASSES`).
 //! 5. If it has not completed at `T`, no data of it reached the disk unless the driver holds it, and at `T` the
 //!    driver holds no write (3). So it is not in the image, and lands later.
 //!    Only raw devices can have such a write: `FIFREEZE` returns when all writes of the file system are complete.
