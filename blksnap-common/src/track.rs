@@ -77,6 +77,10 @@ pub struct DiskSlots {
     pub flags: u32,
     /// The disk, as the kernel's `dev_t`, or [`NO_DISK`].
     pub disk: u32,
+    /// The entry itself.
+    pub entry: u32,
+    /// Always 0.
+    pub reserved: u32,
     /// The slots.
     pub slots: [Slot; SLOTS_PER_DISK],
 }
@@ -88,6 +92,8 @@ impl DiskSlots {
         zone_sectors: 0,
         flags: 0,
         disk: NO_DISK,
+        entry: 0,
+        reserved: 0,
         slots: [Slot {
             first_sector: 0,
             end_sector: 0,
@@ -101,7 +107,7 @@ impl DiskSlots {
 
 /// What a write-type operation does, as counted and reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
+#[repr(u8)]
 pub enum OpKind {
     /// `REQ_OP_WRITE`.
     Write = 0,
@@ -136,6 +142,12 @@ impl OpKind {
         Self::Zone,
         Self::Other,
     ];
+
+    /// The number in records and tables.
+    #[must_use]
+    pub const fn code(self) -> u8 {
+        self as u8
+    }
 
     /// The label used in metrics and JSON.
     #[must_use]
@@ -230,7 +242,7 @@ pub struct LedgerEntry {
 
 const _: () = {
     assert!(size_of::<Slot>() == 32);
-    assert!(size_of::<DiskSlots>() == 16 + 32 * SLOTS_PER_DISK);
+    assert!(size_of::<DiskSlots>() == 24 + 32 * SLOTS_PER_DISK);
     assert!(size_of::<Record>() == RECORD_BYTES as usize);
     assert!(size_of::<SlotCounters>() == 8 * (2 * KIND_ENTRIES + 2));
     assert!(size_of::<SlotState>() == 40);

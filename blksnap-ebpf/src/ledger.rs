@@ -22,7 +22,7 @@ use core::ptr::addr_of_mut;
 
 use aya_ebpf::helpers::bpf_loop;
 use aya_ebpf::programs::BtfTracePointContext;
-use blksnap_common::blockrange::classify;
+use blksnap_common::blockrange::NO_KIND;
 use blksnap_common::track::{
     DISK_LEDGER, DISK_REQUESTS, DiskSlots, LedgerEntry, LedgerRange, SLOT_LEDGER, SLOTS_PER_DISK, SlotState,
 };
@@ -30,7 +30,7 @@ use blksnap_common::track::{
 use crate::atomic;
 use crate::layout::{Bio, ListedBio, completed_bytes};
 use crate::maps::{LEDGER, slots_of};
-use crate::mark::{AGAIN, Marking, bump, mark};
+use crate::mark::{AGAIN, bump, kind_of, mark};
 
 /// Upper bound of bios in a request.
 const MAX_BIOS: u32 = 1 << 16;
@@ -89,10 +89,10 @@ pub(crate) fn bio_completed(bio: &Bio) {
     if slots.flags & DISK_REQUESTS != 0 {
         // It never became a request: what is left of it was not written.
         let sectors = u64::from(bio.size() >> 9);
-        if sectors != 0 && classify(bio.opf()).is_some() {
+        if sectors != 0 && kind_of(bio.opf()) != NO_KIND {
             piece(slots, ListedBio::at(bio.key()), disk, bio.sector(), sectors);
         }
-    } else if !finish(bio.key()) && classify(bio.opf()).is_some() {
+    } else if !finish(bio.key()) && kind_of(bio.opf()) != NO_KIND {
         count_unknown(disk);
     }
 }
@@ -102,7 +102,7 @@ pub(crate) fn bio_completed(bio: &Bio) {
 pub(crate) fn request_completed(ctx: &BtfTracePointContext) {
     let first = ListedBio::first_of_request(ctx);
     let left = completed_bytes(ctx);
-    if left == 0 || first.key() == 0 || classify(first.opf()).is_none() {
+    if left == 0 || first.key() == 0 || kind_of(first.opf()) == NO_KIND {
         return;
     }
     let mut walk = Walk {
@@ -188,14 +188,7 @@ fn finish(key: u64) -> bool {
 #[unsafe(no_mangle)]
 extern "C" fn mark_again(disk: u32, sector: u64, sectors: u64) -> u32 {
     if let Some(slots) = slots_of(disk) {
-        let mut marking = Marking {
-            sector,
-            sectors,
-            disk,
-            kind: AGAIN,
-            missing: 0,
-        };
-        mark(slots, &mut marking);
+        mark(slots, sector, sectors, AGAIN);
     }
     0
 }

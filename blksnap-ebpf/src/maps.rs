@@ -16,17 +16,26 @@ pub(crate) type Bitmap = Array<u64, 1, { (BPF_F_INNER_MAP | BPF_F_MMAPABLE) as u
 #[btf_map]
 static DISKS: ArrayOfMaps<Array<DiskSlots, 1>, { DISK_TABLE as usize }> = ArrayOfMaps::new();
 
-/// The slots of `disk`, if it has any.
+/// The slots of `disk`, if it has any. The entry is looked up once more when it is found, so that the verifier
+/// has one path from here on and not one for each probe.
 #[inline(always)]
 pub(crate) fn slots_of(disk: u32) -> Option<&'static DiskSlots> {
     let first = disk_entry(disk);
+    let mut found = first;
     for probe in 0..DISK_PROBES {
-        let slots = DISKS.get_value((first + probe) & (DISK_TABLE - 1), &0)?;
-        if slots.disk == disk {
-            return Some(slots);
+        found = first + probe;
+        if entry(found)?.disk == disk {
+            break;
         }
     }
-    None
+    let slots = entry(found)?;
+    if slots.disk == disk { Some(slots) } else { None }
+}
+
+/// Entry `number` of the disk table, if it was ever used.
+#[inline(always)]
+pub(crate) fn entry(number: u32) -> Option<&'static DiskSlots> {
+    DISKS.get_value(number & (DISK_TABLE - 1), &0)
 }
 
 /// The bitmap of each slot's open period.

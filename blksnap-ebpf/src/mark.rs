@@ -8,14 +8,14 @@ use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
 use aya_ebpf::helpers::bpf_loop;
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::error;
-use blksnap_common::blockrange::{BlockRange, blocks_of, classify, word_mask};
+use blksnap_common::blockrange::{BlockRange, NO_KIND, REQ_OP_MASK, blocks_of, kind_table, word_mask};
 use blksnap_common::track::{
     BITMAP_HEADER_WORDS, DISK_LEDGER, DiskSlots, KIND_ENTRIES, KindCounters, OpKind, Record, SLOTS_PER_DISK,
     Slot, SlotState,
 };
 
 use crate::layout::Bio;
-use crate::maps::{BITMAPS, COUNTERS, EVENTS, STATE, slots_of};
+use crate::maps::{BITMAPS, COUNTERS, EVENTS, STATE, entry, slots_of};
 use crate::{atomic, ledger};
 
 /// Bitmap words handled without a call: a bio of 1 MiB touches at most two at the default block size.
@@ -24,6 +24,16 @@ const INLINE_WORDS: u64 = 3;
 /// Upper bound of words of one bio: less than 4 GiB in blocks of 4 KiB, 64 to a word, and one for the start.
 const MAX_WORDS: u32 = (1 << 14) + 1;
 
+/// What each operation code does.
+static KINDS: [u8; 256] = kind_table();
+
+/// What the operation of `opf` does, as the code of an [`OpKind`] or [`NO_KIND`].
+#[inline(always)]
+pub(crate) fn kind_of(opf: u32) -> u8 {
+    // SAFETY: a load of a static; volatile, so that the compiler makes no branches of it again.
+    unsafe { core::ptr::read_volatile(&raw const KINDS[(opf & REQ_OP_MASK) as usize]) }
+}
+
 /// A bio was submitted, or redirected to a lower disk (`remapped`).
 #[inline(always)]
 pub(crate) fn submitted(ctx: &BtfTracePointContext, bio: &Bio, remapped: bool) {
@@ -31,10 +41,11 @@ pub(crate) fn submitted(ctx: &BtfTracePointContext, bio: &Bio, remapped: bool) {
     let Some(slots) = slots_of(disk) else {
         return;
     };
-    let Some(kind) = classify(bio.opf()) else {
+    let kind = kind_of(bio.opf());
+    if kind == NO_KIND {
         read(slots);
         return;
-    };
+    }
     let (sector, sectors) = match extent(slots, bio, kind) {
         Some(extent) => extent,
         None => {
@@ -46,19 +57,9 @@ pub(crate) fn submitted(ctx: &BtfTracePointContext, bio: &Bio, remapped: bool) {
         ledger::enter_empty(slots, bio, disk);
         return;
     }
-    let mut marking = Marking {
-        sector,
-        sectors,
-        disk,
-        kind: kind as u32,
-        missing: 0,
-    };
-    mark(slots, &mut marking);
-    if marking.missing != 0 {
-        error!(
-            ctx,
-            "disk {}: {} slots lack a bitmap word", marking.disk, marking.missing
-        );
+    let missing = mark(slots, sector, sectors, kind.into());
+    if missing != 0 {
+        error!(ctx, "disk {}: {} slots lack a bitmap word", disk, missing);
     }
     // All writes of the disk, also those outside the slots that keep the ledger: a completion without an entry
     // counts as unknown, and does not always know its range.
@@ -69,101 +70,70 @@ pub(crate) fn submitted(ctx: &BtfTracePointContext, bio: &Bio, remapped: bool) {
 
 /// The sectors that the bio changes; `None` if that is the whole device.
 #[inline(always)]
-fn extent(slots: &DiskSlots, bio: &Bio, kind: OpKind) -> Option<(u64, u64)> {
+fn extent(slots: &DiskSlots, bio: &Bio, kind: u8) -> Option<(u64, u64)> {
     let sector = bio.sector();
     let sectors = u64::from(bio.size() >> 9);
-    match kind {
-        OpKind::Zone => {
-            // Append, reset and finish name the zone by its first sector; "reset all" names sector 0.
-            let zone = u64::from(slots.zone_sectors);
-            if zone == 0 || (sector == 0 && sectors == 0) {
-                return None;
-            }
-            Some((sector & !(zone - 1), zone))
-        }
-        _ => Some((sector, sectors)),
+    if kind != OpKind::Zone.code() {
+        return Some((sector, sectors));
     }
+    // Append, reset and finish name the zone by its first sector; "reset all" names sector 0.
+    let zone = u64::from(slots.zone_sectors);
+    if zone == 0 || (sector == 0 && sectors == 0) {
+        return None;
+    }
+    Some((sector & !(zone - 1), zone))
 }
 
 /// Kind of a write that is marked for the second time: neither counted nor recorded.
 pub(crate) const AGAIN: u32 = u32::MAX;
 
-/// A range of a disk to mark, and what came of it.
-#[repr(C)]
-pub(crate) struct Marking {
-    /// First sector.
-    pub(crate) sector: u64,
-    /// Sectors.
-    pub(crate) sectors: u64,
-    /// The disk.
-    pub(crate) disk: u32,
-    /// [`OpKind`] as a number, or [`AGAIN`].
-    pub(crate) kind: u32,
-    /// How many slots lack a bitmap word.
-    pub(crate) missing: u32,
-}
-
-/// Marks the range in every slot of the disk that it touches. Most disks have one slot, which needs no loop.
+/// Marks the range in every slot of the disk that it touches; gives the number of slots that lack a bitmap word.
 #[inline(always)]
-pub(crate) fn mark(slots: &DiskSlots, marking: &mut Marking) {
-    mark_slot(&slots.slots[0], marking);
-    if slots.count > 1 {
-        // SAFETY: the callback has the signature that the helper expects, the context outlives the call.
-        unsafe {
-            bpf_loop(
-                SLOTS_PER_DISK as u32 - 1,
-                mark_other as *mut c_void,
-                core::ptr::from_mut(marking).cast(),
-                0,
-            );
+pub(crate) fn mark(slots: &DiskSlots, sector: u64, sectors: u64, kind: u32) -> u32 {
+    let mut missing = mark_slot(slots.entry, 0, sector, sectors, kind);
+    for index in 1..SLOTS_PER_DISK as u32 {
+        if index >= slots.count {
+            break;
         }
+        missing += mark_slot(slots.entry, index, sector, sectors, kind);
     }
+    missing
 }
 
-/// Callback of `bpf_loop`: the slots after the first one; 1 ends the loop. The verifier wants it static: no
-/// exported symbol.
-extern "C" fn mark_other(index: u64, marking: *mut Marking) -> i64 {
-    // SAFETY: `marking` is the context that `mark` passed.
-    let marking = unsafe { &mut *marking };
-    let Some(slots) = slots_of(marking.disk) else {
-        return 1;
+/// Marks the range in slot `index` of a disk; 1 if the slot lacks a bitmap word, else 0. A global function for
+/// the verifier: it is checked once, by itself, and not on every path to each of its calls.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn mark_slot(disk_entry: u32, index: u32, sector: u64, sectors: u64, kind: u32) -> u32 {
+    let Some(slots) = entry(disk_entry) else {
+        return 0;
     };
-    let index = (index as usize + 1) & (SLOTS_PER_DISK - 1);
-    if index as u32 >= slots.count {
-        return 1;
-    }
-    mark_slot(&slots.slots[index], marking);
-    0
-}
-
-#[inline(always)]
-fn mark_slot(slot: &Slot, marking: &mut Marking) {
-    let Some(range) = blocks_of(slot, marking.sector, marking.sectors) else {
-        return;
+    let slot = &slots.slots[index as usize & (SLOTS_PER_DISK - 1)];
+    let Some(range) = blocks_of(slot, sector, sectors) else {
+        return 0;
     };
     let Ok(newly_dirty) = set_bits(slot, range) else {
-        marking.missing += 1;
         bump(slot.id, offset_of!(SlotState, errors));
-        return;
+        return 1;
     };
-    // SAFETY: a plain read; volatile, so that the mask below is not optimized away.
-    let kind = unsafe { core::ptr::read_volatile(&marking.kind) };
     if kind == AGAIN {
-        return;
+        return 0;
     }
     let recorded = newly_dirty && record(slot, range, kind);
     if let Some(counters) = COUNTERS.get_ptr_mut(slot.id) {
-        let kind = kind as usize & (KIND_ENTRIES - 1);
         // SAFETY: this CPU's copy of the map value; the index is masked below the length.
         unsafe {
-            let kind = addr_of_mut!((*counters).kinds).cast::<KindCounters>().add(kind);
+            let kind = addr_of_mut!((*counters).kinds)
+                .cast::<KindCounters>()
+                .add(kind as usize & (KIND_ENTRIES - 1));
             (*kind).ops += 1;
-            (*kind).bytes += marking.sectors << 9;
+            (*kind).bytes += sectors << 9;
             if recorded {
                 (*counters).records += 1;
             }
         }
     }
+    0
 }
 
 /// A map element that is always there was not.

@@ -329,6 +329,7 @@ impl Object {
         let entry = self.entry_of(disk).ok_or_else(full)?;
         // An entry that was used once stays, so that a look-up goes on to the ones after it.
         slots.disk = if slots.count == 0 { NO_DISK } else { disk };
+        slots.entry = entry;
         let kept = slots.slots[..slots.count as usize]
             .iter()
             .any(|entry| entry.flags & SLOT_LEDGER != 0);
