@@ -10,7 +10,7 @@ mod locate;
 
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use locate::{Compiler, Toolchain};
 
@@ -54,18 +54,45 @@ fn prepare() -> Result<(), String> {
     let path = env::join_paths([folder.to_owned()].into_iter().chain(env::split_paths(&path)))
         .map_err(|error| format!("{} can't be part of PATH: {error}", folder.display()))?;
     let this = env::current_exe().map_err(|error| format!("this build script has no path: {error}"))?;
-    let status = Command::new(&this)
+    let output = Command::new(&this)
         .env(PREPARED, "1")
         .env("RUSTC_BOOTSTRAP", "1")
         .env("__CARGO_TESTS_ONLY_SRC_ROOT", &tools.library)
         .env("PATH", path)
-        .status()
+        .stderr(Stdio::inherit())
+        .output()
         .map_err(|error| format!("running {} again failed: {error}", this.display()))?;
-    if status.success() {
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        if !output.status.success() || !is_progress(line) {
+            println!("{line}");
+        }
+    }
+    if output.status.success() {
         Ok(())
     } else {
-        Err(format!("the eBPF build ended with {status}"))
+        Err(format!("the eBPF build ended with {}", output.status))
     }
+}
+
+/// Whether a line is what cargo says of its progress, which aya-build passes on as a warning.
+fn is_progress(line: &str) -> bool {
+    let said = line
+        .strip_prefix("cargo:warning=")
+        .or_else(|| line.strip_prefix("cargo::warning="));
+    let verb = said.and_then(|said| said.split_whitespace().next());
+    verb.is_some_and(|verb| {
+        [
+            "Adding",
+            "Blocking",
+            "Compiling",
+            "Downloaded",
+            "Downloading",
+            "Finished",
+            "Locking",
+            "Updating",
+        ]
+        .contains(&verb)
+    })
 }
 
 /// What `cargo xtask setup` leaves behind, or the same from the machine.

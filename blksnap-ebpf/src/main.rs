@@ -79,6 +79,12 @@ mod programs {
         ledger::request_completed(&ctx);
         0
     }
+
+    /// Does nothing: what the hook itself costs. Only the benchmark loads it.
+    #[btf_tracepoint(function = "block_bio_queue")]
+    pub(crate) fn bench_empty(_ctx: BtfTracePointContext) -> i32 {
+        0
+    }
 }
 
 #[cfg(target_arch = "bpf")]

@@ -14,7 +14,8 @@ use tempfile::TempDir;
 /// Longest wait for the daemon to start or to stop. A bound against hanging for ever, not a measurement.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Path of the agent: `BLKSNAP_AGENT`, or `blksnap-agent` beside the folder of the test executable.
+/// Path of the agent: `BLKSNAP_AGENT`, or `blksnap-agent` in the folder of this executable or in the one above,
+/// where cargo puts it for a test.
 ///
 /// # Errors
 /// There is no such file: the agent was not built.
@@ -22,18 +23,18 @@ pub fn agent_binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("BLKSNAP_AGENT") {
         return Ok(path.into());
     }
-    let test = std::env::current_exe()?;
-    let path = test
-        .parent()
-        .and_then(Path::parent)
+    let this = std::env::current_exe()?;
+    this.ancestors()
+        .skip(1)
+        .take(2)
         .map(|folder| folder.join("blksnap-agent"))
-        .context("the test executable has no folder")?;
-    ensure!(
-        path.is_file(),
-        "{} is missing: run `cargo build -p blksnap-agent`",
-        path.display()
-    );
-    Ok(path)
+        .find(|path| path.is_file())
+        .with_context(|| {
+            format!(
+                "blksnap-agent is not beside {}: run `cargo build -p blksnap-agent`",
+                this.display()
+            )
+        })
 }
 
 /// How a [`Daemon`] is started.

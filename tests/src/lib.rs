@@ -4,11 +4,13 @@
 //! - [`Daemon`]: an agent of its own, with its sockets in a temporary directory.
 //! - [`LoopDevice`]: a block device on a file of its own, with a file system and a mount when asked.
 //! - [`Writer`]: random writes to a file system or a device until it is dropped.
+//! - [`Interrupt`]: signals, for programs that must clean up after themselves.
 //! - [`seed`]: the seed of a random test, printed, or given by `BLKSNAP_SEED` to repeat a run.
 //!
 //! All of it needs root, and nothing of it ever touches a device that it did not make.
 
 mod daemon;
+mod interrupt;
 mod loopdev;
 mod writer;
 
@@ -18,6 +20,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 
 pub use daemon::{Answer, Daemon, DaemonOptions, agent_binary};
+pub use interrupt::{Interrupt, Interrupted};
 pub use loopdev::{LoopDevice, LoopOptions};
 pub use writer::{Pace, Writer};
 

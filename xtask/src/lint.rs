@@ -15,13 +15,16 @@ const EBPF_TARGET: &str = if cfg!(target_endian = "big") {
     "bpfel-unknown-none"
 };
 
+/// One of the checks.
+type Check = fn() -> Result<()>;
+
 /// Runs every check, also after one failed, and fails if any did.
 pub(crate) fn run() -> Result<()> {
     toolchain::set_up(None)?;
     for component in ["rustfmt", "clippy"] {
         set_up_component(component)?;
     }
-    let checks: [(&str, fn() -> Result<()>); 7] = [
+    let checks: [(&str, Check); 7] = [
         ("format", format),
         ("rules", || rules::check(workspace::root())),
         ("clippy on the host crates", clippy_host),

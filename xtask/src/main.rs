@@ -61,6 +61,12 @@ enum Command {
         #[arg(last = true)]
         args: Vec<OsString>,
     },
+    /// Measure the agent on devices made for it (root): `track`, `converge`; everything without a NAME
+    Bench {
+        /// Arguments of the benchmark: `[NAME]... [--output json]`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "NAME")]
+        args: Vec<OsString>,
+    },
     /// Check format, clippy, documentation and the project's own rules
     Lint,
     /// Format all code
@@ -100,6 +106,7 @@ fn execute(command: Command) -> Result<()> {
         }
         Command::Run { release, args } => run::agent(profile(release), &args),
         Command::Test { args } => test::run(&args),
+        Command::Bench { args } => run::tool(Profile::Release, "blksnap-bench", &args),
         Command::Lint => lint::run(),
         Command::Fmt => process::run(workspace::cargo().args(["fmt", "--all"])),
         Command::Ci => process::run(&mut process::command(workspace::root().join(".ci/run"))),

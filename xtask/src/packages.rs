@@ -33,7 +33,7 @@ const NEEDED: [(&str, &str); 17] = [
 pub(crate) fn set_up() -> Result<()> {
     let missing = missing(|program| process::find(program).is_some());
     if missing.is_empty() {
-        println!("setup: distribution packages: all there");
+        eprintln!("setup: distribution packages: all there");
         return Ok(());
     }
     let names = missing.join(" ");
@@ -44,7 +44,7 @@ pub(crate) fn set_up() -> Result<()> {
     if !Uid::effective().is_root() {
         bail!("distribution packages are missing: run as root: apt-get install {names}");
     }
-    println!("setup: installing {names}");
+    eprintln!("setup: installing {names}");
     let apt = || {
         let mut command = process::command("apt-get");
         command.env("DEBIAN_FRONTEND", "noninteractive").arg("--quiet");

@@ -41,9 +41,26 @@ pub(crate) enum Profile {
 
 /// Builds the agent and gives the path of its executable. The toolchain must be set up.
 pub(crate) fn build_agent(profile: Profile) -> Result<PathBuf> {
+    let [agent] = build(profile, [("blksnap-agent", "blksnap-agent")])?;
+    Ok(agent)
+}
+
+/// Builds the agent and the program `tool` of the tests, which runs it, and gives the paths of both.
+pub(crate) fn build_with_tool(profile: Profile, tool: &str) -> Result<(PathBuf, PathBuf)> {
+    let [agent, tool] = build(
+        profile,
+        [("blksnap-agent", "blksnap-agent"), ("blksnap-tests", tool)],
+    )?;
+    Ok((agent, tool))
+}
+
+/// Builds executables, each of a package, and gives their paths.
+fn build<const N: usize>(profile: Profile, wanted: [(&str, &str); N]) -> Result<[PathBuf; N]> {
     let mut command = cargo();
-    command.args(["build", "--package", "blksnap-agent", "--bin", "blksnap-agent"]);
-    command.arg("--message-format=json-render-diagnostics");
+    command.args(["build", "--message-format=json-render-diagnostics"]);
+    for (package, name) in wanted {
+        command.args(["--package", package, "--bin", name]);
+    }
     if profile == Profile::Release {
         command.arg("--release");
     }
@@ -52,17 +69,22 @@ pub(crate) fn build_agent(profile: Profile) -> Result<PathBuf> {
         .stderr(Stdio::inherit())
         .output()
         .with_context(|| format!("starting `{}` failed", process::line(&command)))?;
-    ensure!(output.status.success(), "building the agent failed (see above)");
-    executable(&String::from_utf8_lossy(&output.stdout)).context("cargo built no executable blksnap-agent")
+    ensure!(output.status.success(), "the build failed (see above)");
+    let messages = String::from_utf8_lossy(&output.stdout);
+    let mut paths = wanted.map(|_| PathBuf::new());
+    for (path, (_, name)) in paths.iter_mut().zip(wanted) {
+        *path = executable(&messages, name).with_context(|| format!("cargo built no executable {name}"))?;
+    }
+    Ok(paths)
 }
 
-/// The executable in cargo's messages: one JSON object a line.
-fn executable(messages: &str) -> Option<PathBuf> {
+/// The executable `name` in cargo's messages: one JSON object a line.
+fn executable(messages: &str, name: &str) -> Option<PathBuf> {
     messages.lines().find_map(|line| {
         let message: serde_json::Value = serde_json::from_str(line).ok()?;
-        let of_agent = message.pointer("/target/name")? == "blksnap-agent";
+        let wanted = message.pointer("/target/name")? == name;
         let path = message.get("executable")?.as_str()?;
-        of_agent.then(|| PathBuf::from(path))
+        wanted.then(|| PathBuf::from(path))
     })
 }
 
@@ -75,8 +97,12 @@ mod tests {
         let messages = "{\"reason\":\"compiler-artifact\",\"target\":{\"name\":\"nix\"},\"executable\":null}\n\
                         {\"reason\":\"compiler-artifact\",\"target\":{\"name\":\"blksnap-agent\"},\"executable\":\"/t/blksnap-agent\"}\n\
                         {\"reason\":\"build-finished\",\"success\":true}\n";
-        assert_eq!(executable(messages), Some(PathBuf::from("/t/blksnap-agent")));
-        assert_eq!(executable("not json\n"), None);
+        assert_eq!(
+            executable(messages, "blksnap-agent"),
+            Some(PathBuf::from("/t/blksnap-agent"))
+        );
+        assert_eq!(executable(messages, "nix"), None);
+        assert_eq!(executable("not json\n", "blksnap-agent"), None);
     }
 
     #[test]

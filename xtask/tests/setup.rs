@@ -153,7 +153,7 @@ fn sources_in_the_toolchain_are_used() {
     make_library(&machine.path("sysroot").join(IN_SYSROOT), "1.95.0");
     let output = machine.setup(&[]);
     succeeded(&output);
-    let text = String::from_utf8(output.stdout).unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
     assert!(
         text.contains(&machine.path("sysroot").display().to_string()),
         "{text}"

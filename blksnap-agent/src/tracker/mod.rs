@@ -17,6 +17,7 @@
 mod bitmap;
 mod btf;
 mod device;
+mod empty;
 mod error;
 mod layout;
 mod object;
@@ -34,6 +35,7 @@ use blksnap_common::track::{MAX_SLOTS, RECORD_BYTES, RING_BYTES, Record, SlotSta
 pub use bitmap::DirtyBlocks;
 pub use btf::{BtfError, KernelBtf};
 pub use device::{DeviceCounters, LedgerStatus, TrackedDevice};
+pub use empty::EmptyProgram;
 pub use error::TrackerError;
 pub use layout::Layout;
 pub use watch::DeviceWatch;

@@ -25,7 +25,7 @@ use super::probe::DiskKind;
 use crate::sys::mman::SharedWords;
 
 /// The compiled programs.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/blksnap"));
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/blksnap"));
 
 /// Programs attached for as long as the tracker lives.
 const STEADY: [&str; 2] = ["block_bio_queue", "block_bio_remap"];
@@ -353,7 +353,7 @@ impl Object {
     }
 }
 
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, TrackerError> {
+pub(super) fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, TrackerError> {
     let program = ebpf
         .program_mut(name)
         .ok_or_else(|| TrackerError::Load(format!("the object has no program {name}")))?;

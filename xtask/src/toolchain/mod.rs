@@ -94,7 +94,7 @@ fn set_up_sources(
     if wanted.is_none()
         && let Some(library) = compiler.library(cache)
     {
-        println!(
+        eprintln!(
             "setup: library sources of Rust {}: {}",
             compiler.release,
             library.display()
@@ -111,7 +111,7 @@ fn set_up_sources(
         };
         match outcome {
             Ok(library) => {
-                println!(
+                eprintln!(
                     "setup: library sources of Rust {}: {}",
                     compiler.release,
                     library.display()
@@ -195,7 +195,7 @@ fn install(compiler: &Compiler, cache: &Path, unpack: impl FnOnce(&Path) -> Resu
 fn set_up_linker(toolchain: &Toolchain, cache: &Path) -> Result<()> {
     let version = locate::BPF_LINKER_VERSION;
     if locate::linker(cache).is_none() {
-        println!("setup: installing bpf-linker {version} (a minute or two)");
+        eprintln!("setup: installing bpf-linker {version} (a minute or two)");
         let root = locate::linker_root(cache);
         process::run(
             toolchain
@@ -210,7 +210,7 @@ fn set_up_linker(toolchain: &Toolchain, cache: &Path) -> Result<()> {
     let linker = locate::linker(cache).with_context(|| {
         format!("bpf-linker {version} was installed but does not run: does its LLVM load?")
     })?;
-    println!("setup: bpf-linker {version}: {}", linker.display());
+    eprintln!("setup: bpf-linker {version}: {}", linker.display());
     Ok(())
 }
 

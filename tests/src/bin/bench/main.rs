@@ -1,0 +1,99 @@
+//! Benchmark: what tracking costs a writer, how fast a backup is, how long a freeze.
+//!
+//! It runs the agent as it is used, a daemon and its commands, on devices of its own: a zram device and loop
+//! devices in the temporary directory. `cargo xtask bench` builds both and starts this.
+
+mod converge;
+mod programs;
+mod report;
+mod track;
+mod zram;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, ensure};
+use blksnap_tests::Interrupt;
+use clap::{Parser, ValueEnum};
+
+use report::Report;
+
+/// How often each figure is measured.
+const REPEATS: usize = 5;
+
+/// Measures the agent.
+#[derive(Parser)]
+#[command(name = "cargo xtask bench", disable_help_subcommand = true)]
+struct Arguments {
+    /// Only these groups
+    #[arg(value_name = "NAME")]
+    groups: Vec<Group>,
+    /// Form of the answer
+    #[arg(long, value_name = "FORM", default_value = "text")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Group {
+    /// What tracking costs a writer
+    Track,
+    /// Rate of a backup and length of a freeze
+    Converge,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// A table
+    Text,
+    /// One JSON object: the figures by name, and the samples
+    Json,
+}
+
+/// What every measurement needs.
+struct Bench {
+    interrupt: Interrupt,
+    report: Report,
+}
+
+impl Bench {
+    /// Says on standard error what is being done.
+    fn step(&self, what: &str) -> Result<()> {
+        eprintln!("bench: {what}");
+        self.interrupt.check()
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match measure(&arguments.groups) {
+        Ok(report) => {
+            match arguments.output {
+                Output::Text => print!("{}", report.table()),
+                Output::Json => println!("{:#}", report.json()),
+            }
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(groups: &[Group]) -> Result<Report> {
+    ensure!(
+        nix::unistd::Uid::effective().is_root(),
+        "the benchmark makes devices and loads eBPF programs: run it as root"
+    );
+    let mut bench = Bench {
+        interrupt: Interrupt::install()?,
+        report: Report::default(),
+    };
+    let wanted = |group| groups.is_empty() || groups.contains(&group);
+    if wanted(Group::Track) {
+        track::measure(&mut bench)?;
+    }
+    if wanted(Group::Converge) {
+        converge::measure(&mut bench)?;
+    }
+    Ok(bench.report)
+}

@@ -1,0 +1,48 @@
+//! Zram: a disk in memory, so fast that the cost of tracking shows.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+const CONTROL: &str = "/sys/class/zram-control";
+
+/// A zram device of our own, removed when dropped.
+pub(crate) struct Zram {
+    number: u32,
+}
+
+impl Zram {
+    /// A device of `bytes` bytes.
+    pub(crate) fn new(bytes: u64) -> Result<Self> {
+        if !Path::new(CONTROL).is_dir() {
+            // A kernel that has it built in knows no such module.
+            let _ = blksnap_tests::run("modprobe", ["zram", "num_devices=0"]);
+        }
+        // Reading it makes a device.
+        let number = fs::read_to_string(format!("{CONTROL}/hot_add"))
+            .context("this kernel has no zram")?
+            .trim()
+            .parse()?;
+        let device = Self { number };
+        fs::write(format!("/sys/block/zram{number}/disksize"), format!("{bytes}\n"))
+            .with_context(|| format!("set the size of zram{number}"))?;
+        Ok(device)
+    }
+
+    /// The node.
+    pub(crate) fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/dev/zram{}", self.number))
+    }
+}
+
+impl Drop for Zram {
+    fn drop(&mut self) {
+        let number = self.number;
+        let removed = fs::write(format!("/sys/block/zram{number}/reset"), "1\n")
+            .and_then(|()| fs::write(format!("{CONTROL}/hot_remove"), format!("{number}\n")));
+        if let Err(error) = removed {
+            eprintln!("/dev/zram{number} stays: {error}");
+        }
+    }
+}
