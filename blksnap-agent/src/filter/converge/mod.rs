@@ -13,15 +13,19 @@
 //!    marked again when it completes, after its data landed; then its entry goes.
 //! 2. A period's bitmap is final when it is closed, and every block in it is read again afterwards
 //!    (`Party::todo` only loses blocks when a copy of them succeeded that began after the close).
-//! 3. `T` is a moment in the last window for which all of this holds, of all devices: a close before `T` gave
-//!    nothing and nothing was left to copy; at `T` the ledger has no entry and the driver holds no write; a close
-//!    after `T` gave nothing. If one of them fails, the window goes on; if its time is up, the take fails.
+//! 3. `T` is a moment in the last window for which all of this holds, of all devices: everything of the periods
+//!    closed so far was copied; at `T` the ledger has no entry and the driver holds no write; the open period, looked
+//!    at after `T`, is empty. If one of them fails, the window goes on; if its time is up, the take fails. The look
+//!    does not wait for programs that run meanwhile, and need not: they mark a write before it goes to the driver,
+//!    and again before its entry goes. (Closing the period instead would wait for the kernel, several times as long
+//!    as the rest of the window.)
 //!
 //! Let `r` be the beginning of the last read of `b`, and suppose that a write `W` changes `b` between `r` and
-//! `T`. If `W` is in the ledger, it completed before `T` (3: no entry) and its second mark came after its data,
-//! thus after `r`. That mark lies in a period closed after `r`, whose blocks were read after the close (2), so `r`
-//! was not the last read: a contradiction. If `W` was queued after `T`, its data came after `T`. What remains are
-//! writes that were queued *before the ledger*:
+//! `T`. If `W` is in the ledger, it completed before `T` (3: no entry) and its second mark came after its
+//! data, thus after `r`, and before its entry went. That mark lies in a period closed after `r`, whose blocks
+//! were read after the close (2), so `r` was not the last read; or in the open one, which is empty (3): a
+//! contradiction. If `W` was queued after `T`, its data came after `T`. What remains are writes that were
+//! queued *before the ledger*:
 //!
 //! 4. If such a write completes, it is counted as unknown. The count is read before the first read of a pass; if
 //!    it has risen at `T`, or the ledger has lost a write, the whole pass starts again (`MAX_PASSES`).

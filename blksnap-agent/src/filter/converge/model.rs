@@ -161,6 +161,14 @@ impl Watch for DiskWatch {
         Ok(world.drain(self.disk.index, self.number))
     }
 
+    fn is_clean(&self) -> bool {
+        let mut world = self.disk.world.lock();
+        world.steps(2);
+        let clean = world.is_clean(self.disk.index, self.number);
+        world.steps(2);
+        clean
+    }
+
     fn drain(&self) -> DirtyBlocks {
         let mut world = self.disk.world.lock();
         world.steps(1);

@@ -129,6 +129,11 @@ impl Party {
         Ok(self.watch.status()?.unknown)
     }
 
+    /// True if nothing was written since the last [`Party::collect`].
+    pub(super) fn is_clean(&self) -> bool {
+        self.watch.is_clean()
+    }
+
     /// True if neither the ledger nor the driver has a write.
     pub(super) fn is_idle(&self) -> Result<bool, ConvergeError> {
         Ok(self.watch.status()?.pending == 0 && self.device.driver_writes()? == 0)

@@ -72,6 +72,10 @@ pub trait Watch: fmt::Debug + Send + Sync {
     /// The device was detached, or the kernel has no memory.
     fn close_period(&self) -> Result<DirtyBlocks, TrackerError>;
 
+    /// Whether [`Watch::close_period`] would give nothing now. It does not wait: a write whose event is under way
+    /// may show just afterwards.
+    fn is_clean(&self) -> bool;
+
     /// Blocks of periods that somebody else closed since the last call of this or [`Watch::close_period`].
     fn drain(&self) -> DirtyBlocks;
 
@@ -203,6 +207,10 @@ impl Tracked for TrackedDevice {
 impl Watch for DeviceWatch {
     fn close_period(&self) -> Result<DirtyBlocks, TrackerError> {
         self.close_period()
+    }
+
+    fn is_clean(&self) -> bool {
+        self.is_clean()
     }
 
     fn drain(&self) -> DirtyBlocks {

@@ -57,38 +57,43 @@ impl Converge<'_> {
     }
 
     fn settle_and_take(&mut self, deadline: Instant) -> Result<Option<Vec<Take>>, ConvergeError> {
-        let mut hook_saw_this = false;
-        // The close before the instant gave nothing.
-        let mut closed = false;
+        self.collect()?;
         loop {
-            let nothing = self.collect()?;
             if !self.all_followed()? {
                 return Ok(None);
             }
-            if nothing && closed && hook_saw_this {
-                // `closed` was followed by an idle moment, the instant; and this close is the one after it.
-                return self.take().map(Some);
-            }
-            closed = nothing;
             if self.rest() > 0 {
-                closed = false;
-                hook_saw_this = false;
                 self.copy_rest(&self.cancel.until(deadline), &|_| {})
                     .map_err(|error| self.late(error))?;
-            } else if closed {
-                if self.all_idle()? {
-                    self.run_hook(Stage::Frozen, deadline)?;
-                    hook_saw_this = true;
-                } else {
-                    closed = false;
-                    std::thread::sleep(POLL);
+            }
+            // The instant is the idle moment; the look at the open periods comes after it.
+            let idle = self.all_idle()?;
+            if idle && self.all_clean() {
+                self.run_hook(Stage::Frozen, deadline)?;
+                if self.all_clean() {
+                    return if self.all_followed()? {
+                        self.take().map(Some)
+                    } else {
+                        Ok(None)
+                    };
                 }
             }
             self.check_cancel()?;
             if Instant::now() >= deadline {
                 return Err(self.never_quiet());
             }
+            if !idle {
+                std::thread::sleep(POLL);
+            }
+            if !self.all_clean() {
+                self.collect()?;
+            }
         }
+    }
+
+    /// Whether nothing was written since what was written was collected.
+    fn all_clean(&self) -> bool {
+        self.parties.iter().all(Party::is_clean)
     }
 
     fn all_idle(&self) -> Result<bool, ConvergeError> {

@@ -351,6 +351,11 @@ impl World {
         }
     }
 
+    pub(super) fn is_clean(&self, disk: usize, number: usize) -> bool {
+        let state = &self.disks[disk];
+        state.period.is_empty() && state.watches[number].as_ref().is_some_and(DirtyBlocks::is_empty)
+    }
+
     pub(super) fn drain(&mut self, disk: usize, number: usize) -> DirtyBlocks {
         let watch = self.disks[disk].watches[number].as_mut();
         std::mem::take(watch.expect("a watch is drained while it is there"))
