@@ -46,13 +46,13 @@ enum Command {
         #[arg(long)]
         release: bool,
     },
-    /// Run the agent with ARGS as root
+    /// Show the main job on two loop devices made for it (root); with `-- ARGS`, run the agent with ARGS as root
     Run {
         /// Optimised, as for use
         #[arg(long)]
         release: bool,
         /// Arguments of the agent
-        #[arg(last = true, required = true)]
+        #[arg(last = true)]
         args: Vec<OsString>,
     },
     /// Run every test (root: they make loop devices and load eBPF programs)
@@ -104,6 +104,7 @@ fn execute(command: Command) -> Result<()> {
             println!("{}", agent.display());
             Ok(())
         }
+        Command::Run { release, args } if args.is_empty() => run::tool(profile(release), "blksnap-demo", &[]),
         Command::Run { release, args } => run::agent(profile(release), &args),
         Command::Test { args } => test::run(&args),
         Command::Bench { args } => run::tool(Profile::Release, "blksnap-bench", &args),
