@@ -87,9 +87,53 @@ fn extent(slots: &DiskSlots, bio: &Bio, kind: u8) -> Option<(u64, u64)> {
 /// Kind of a write that is marked for the second time: neither counted nor recorded.
 pub(crate) const AGAIN: u32 = u32::MAX;
 
+/// Whether the range is within one word of the slot's bitmap, and all its bits are set: so it is for most writes,
+/// and needs no call.
+#[inline(always)]
+fn is_dirty(slot: &Slot, sector: u64, sectors: u64) -> bool {
+    let Some(range) = blocks_of(slot, sector, sectors) else {
+        return false;
+    };
+    let word = range.first >> 6;
+    if word != range.last >> 6 {
+        return false;
+    }
+    let Some(bits) = BITMAPS.get_value_ptr_mut(slot.id, &(word as u32 + BITMAP_HEADER_WORDS)) else {
+        return false;
+    };
+    let mask = (u64::MAX << (range.first & 63)) & (u64::MAX >> (63 - (range.last & 63)));
+    // SAFETY: `bits` points to a word of the map; other CPUs change it with atomic operations only.
+    unsafe { core::ptr::read_volatile(bits) & mask == mask }
+}
+
+/// Counts a write of a slot.
+#[inline(always)]
+fn count(slot: &Slot, sectors: u64, kind: u32, recorded: bool) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(slot.id) {
+        // SAFETY: this CPU's copy of the map value; the index is masked below the length.
+        unsafe {
+            let kind = addr_of_mut!((*counters).kinds)
+                .cast::<KindCounters>()
+                .add(kind as usize & (KIND_ENTRIES - 1));
+            (*kind).ops += 1;
+            (*kind).bytes += sectors << 9;
+            if recorded {
+                (*counters).records += 1;
+            }
+        }
+    }
+}
+
 /// Marks the range in every slot of the disk that it touches; gives the number of slots that lack a bitmap word.
 #[inline(always)]
 pub(crate) fn mark(slots: &DiskSlots, sector: u64, sectors: u64, kind: u32) -> u32 {
+    let first = &slots.slots[0];
+    if slots.count == 1 && is_dirty(first, sector, sectors) {
+        if kind != AGAIN {
+            count(first, sectors, kind, false);
+        }
+        return 0;
+    }
     let mut missing = mark_slot(slots.entry, 0, sector, sectors, kind);
     for index in 1..SLOTS_PER_DISK as u32 {
         if index >= slots.count {
@@ -120,19 +164,7 @@ extern "C" fn mark_slot(disk_entry: u32, index: u32, sector: u64, sectors: u64, 
         return 0;
     }
     let recorded = newly_dirty && record(slot, range, kind);
-    if let Some(counters) = COUNTERS.get_ptr_mut(slot.id) {
-        // SAFETY: this CPU's copy of the map value; the index is masked below the length.
-        unsafe {
-            let kind = addr_of_mut!((*counters).kinds)
-                .cast::<KindCounters>()
-                .add(kind as usize & (KIND_ENTRIES - 1));
-            (*kind).ops += 1;
-            (*kind).bytes += sectors << 9;
-            if recorded {
-                (*counters).records += 1;
-            }
-        }
-    }
+    count(slot, sectors, kind, recorded);
     0
 }
 

@@ -25,7 +25,11 @@ pub(crate) fn measure(bench: &mut Bench) -> Result<()> {
     let zram = Zram::new(SIZE)?;
     let node = zram.path();
     bench.step("track: filling the disk")?;
-    fio(bench, &node, "--rw=write --bs=1m --direct=1 --ioengine=psync --zero_buffers")?;
+    fio(
+        bench,
+        &node,
+        "--rw=write --bs=1m --direct=1 --ioengine=psync --zero_buffers",
+    )?;
     let steady = steady(bench, &node)?;
     let first = first(bench, &node)?;
     let empty = empty(bench, &node)?;
