@@ -11,6 +11,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::complain;
+
 /// Longest wait for the daemon to start or to stop. A bound against hanging for ever, not a measurement.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -301,10 +303,10 @@ impl Drop for Daemon {
         if self.child.is_some()
             && let Err(error) = self.stop()
         {
-            eprintln!("{error:#}");
+            complain(format_args!("{error:#}"));
         }
         if std::thread::panicking() {
-            eprintln!("log of the daemon:\n{}", self.log());
+            complain(format_args!("log of the daemon:\n{}", self.log()));
         }
     }
 }

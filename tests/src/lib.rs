@@ -15,6 +15,7 @@ mod loopdev;
 mod writer;
 
 use std::ffi::OsStr;
+use std::io::Write as _;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -39,6 +40,13 @@ pub fn run<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = A
         String::from_utf8_lossy(&output.stderr)
     );
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Says on standard error what went wrong in a place that can't give an error: a `drop`, say. Unlike `eprintln!` it
+/// does not panic when nobody reads any more, which in a `drop` would end the process with its devices left behind.
+pub fn complain(what: impl std::fmt::Display) {
+    // There is nobody else to tell.
+    let _ = writeln!(std::io::stderr(), "{what}");
 }
 
 /// Seed of a random test: `BLKSNAP_SEED` when set, a fresh one otherwise. It is printed, so that a failure can

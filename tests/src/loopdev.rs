@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 use tempfile::TempDir;
 
-use crate::run;
+use crate::{complain, run};
 
 /// How a [`LoopDevice`] is made.
 #[derive(Clone, Debug, Default)]
@@ -174,12 +174,12 @@ impl Drop for LoopDevice {
         for target in self.mounts.drain(..).rev() {
             if let Err(error) = run("umount", [&target]) {
                 // The writer of a test that failed may still hold it; the device goes when the writer does.
-                eprintln!("{error:#}");
+                complain(format_args!("{error:#}"));
                 let _ = run("umount", [Path::new("--lazy"), &target]);
             }
         }
         if let Err(error) = run("losetup", [Path::new("--detach"), &self.node]) {
-            eprintln!("{error:#}");
+            complain(format_args!("{error:#}"));
         }
     }
 }

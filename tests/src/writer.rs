@@ -14,6 +14,8 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use crate::complain;
+
 /// A thread that writes. Dropping it stops and joins the thread.
 #[derive(Debug)]
 pub struct Writer {
@@ -118,7 +120,7 @@ impl Drop for Writer {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            eprintln!("a writer has failed");
+            complain("a writer has failed");
         }
     }
 }

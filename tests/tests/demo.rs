@@ -144,3 +144,15 @@ fn a_demonstration_that_is_stopped_leaves_nothing() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_demonstration_that_nobody_reads_leaves_nothing() -> Result<()> {
+    let mut demo = Demo::start()?;
+    demo.read(2)?;
+    // As `cargo xtask run | head`, or a terminal that is closed.
+    demo.child.stdout = None;
+    demo.child.stderr = None;
+    let (code, _) = demo.end()?;
+    ensure!(code == 1, "{code}");
+    Ok(())
+}

@@ -12,7 +12,7 @@ mod zram;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
-use blksnap_tests::Interrupt;
+use blksnap_tests::{Interrupt, complain};
 use clap::{Parser, ValueEnum};
 
 use report::Report;
@@ -57,7 +57,7 @@ struct Bench {
 impl Bench {
     /// Says on standard error what is being done.
     fn step(&self, what: &str) -> Result<()> {
-        eprintln!("bench: {what}");
+        complain(format_args!("bench: {what}"));
         self.interrupt.check()
     }
 }
@@ -73,7 +73,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("error: {error:#}");
+            complain(format_args!("error: {error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use blksnap_tests::complain;
 
 const CONTROL: &str = "/sys/class/zram-control";
 
@@ -42,7 +43,7 @@ impl Drop for Zram {
         let removed = fs::write(format!("/sys/block/zram{number}/reset"), "1\n")
             .and_then(|()| fs::write(format!("{CONTROL}/hot_remove"), format!("{number}\n")));
         if let Err(error) = removed {
-            eprintln!("/dev/zram{number} stays: {error}");
+            complain(format_args!("/dev/zram{number} stays: {error}"));
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
-use blksnap_tests::{Interrupt, LoopDevice, LoopOptions, run};
+use blksnap_tests::{Interrupt, LoopDevice, LoopOptions, complain, run};
 
 /// A file system on a loop device.
 pub(crate) struct Volume {
@@ -112,7 +112,7 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         if let Err(error) = run("umount", [&self.0]) {
-            eprintln!("{error:#}");
+            complain(format_args!("{error:#}"));
         }
     }
 }

@@ -14,7 +14,7 @@ mod writers;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
-use blksnap_tests::{Interrupt, Interrupted};
+use blksnap_tests::{Interrupt, Interrupted, complain};
 
 /// Exit code after a signal, as shells have it for Ctrl-C.
 const INTERRUPTED: u8 = 130;
@@ -23,11 +23,11 @@ fn main() -> ExitCode {
     match tell() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<Interrupted>() => {
-            eprintln!("interrupted; everything made here is removed");
+            complain("interrupted; everything made here is removed");
             ExitCode::from(INTERRUPTED)
         }
         Err(error) => {
-            eprintln!("error: {error:#}");
+            complain(format_args!("error: {error:#}"));
             ExitCode::FAILURE
         }
     }

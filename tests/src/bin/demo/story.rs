@@ -1,6 +1,7 @@
 //! Story: what happens in the demonstration, in order.
 
 use std::fs;
+use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -43,8 +44,14 @@ struct Teller<'a> {
 }
 
 impl Teller<'_> {
+    /// An error if nobody reads any more, rather than the panic of `println!`.
+    fn print(&self, text: impl std::fmt::Display) -> Result<()> {
+        writeln!(io::stdout(), "{text}").context("nobody reads any more")
+    }
+
     fn say(&self, what: &str) -> Result<()> {
-        println!("[{:5.1} s] {what}", self.start.elapsed().as_secs_f64());
+        let seconds = self.start.elapsed().as_secs_f64();
+        self.print(format_args!("[{seconds:5.1} s] {what}"))?;
         self.interrupt.check()
     }
 }
@@ -134,7 +141,7 @@ pub(crate) fn tell(interrupt: &Interrupt) -> Result<()> {
         interrupt,
         start: Instant::now(),
     };
-    println!("blksnap: snapshots and incremental backups of block devices in use\n");
+    teller.print("blksnap: snapshots and incremental backups of block devices in use\n")?;
     let volumes = [Volume::ext4()?, Volume::xfs()?];
     let [first, second] = volumes.each_ref().map(|volume| text(&volume.node));
     let nodes = [first?, second?];
@@ -198,11 +205,10 @@ pub(crate) fn tell(interrupt: &Interrupt) -> Result<()> {
     }
     writers.stop()?;
     agent.daemon.run(["snapshot", "destroy", later.id()?])?;
-    println!(
-        "\nBetween the two snapshots, in blocks of 64 KiB:\n{}\n{NEXT}",
-        table(&rows)
-    );
-    Ok(())
+    let table = table(&rows);
+    teller.print(format_args!(
+        "\nBetween the two snapshots, in blocks of 64 KiB:\n{table}\n{NEXT}"
+    ))
 }
 
 /// Reads both images by NBD, and shows that they are the devices at the freeze, sound, and of one instant. Gives

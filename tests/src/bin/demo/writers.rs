@@ -10,6 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use blksnap_tests::complain;
 use rand::{Rng as _, RngCore as _};
 
 /// The file with the count of [`count`].
@@ -81,7 +82,7 @@ impl Writers {
 impl Drop for Writers {
     fn drop(&mut self) {
         if let Err(error) = self.join() {
-            eprintln!("{error:#}");
+            complain(format_args!("{error:#}"));
         }
     }
 }
