@@ -1,5 +1,7 @@
 //! The commands, from outside: what a person types, and what comes back.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do, by a panic")]
+
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

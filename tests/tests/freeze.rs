@@ -1,5 +1,7 @@
 //! Freezing: file systems on loop devices stop, go on, and never stay frozen when the agent dies.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do, by a panic")]
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

@@ -1,5 +1,7 @@
 //! Images: byte for byte the device at the instant, under load; and what happens when there can't be one.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do, by a panic")]
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -3,6 +3,8 @@
 //! The compiler, rustup and bpf-linker are small scripts; apt, dpkg-deb and the archives are real. The mirror is a
 //! folder with an index and a package made here.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do, by a panic")]
+
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
