@@ -41,7 +41,8 @@
 //! write after `T` is marked in a period that is closed after the take, with the number after it, and so is in the
 //! next difference (being in this one too does no harm). Somebody else may close a period between `T` and the
 //! take: what it held is marked once more after the take (`Watch::drain`). Writes in flight when the ledger ends
-//! are marked by the tracker then.
+//! are marked by the tracker then. One limit remains, of raw devices only: a write of (5), queued before the run
+//! began and still kept from the driver at its end (by a throttle, say), lands without a mark in either period.
 //!
 //! # What the freeze is for
 //! The argument does not need it: a frozen file system has nothing in its caches that is not on the disk, its log is

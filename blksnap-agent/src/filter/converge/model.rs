@@ -121,6 +121,7 @@ impl Tracked for Disk {
     fn take(&self) -> Result<(Taken, Option<Arc<ReadMap>>), TrackerError> {
         let mut world = self.world.lock();
         world.steps(2);
+        world.interfere(self.index);
         let taken = world.take(self.index);
         let read_map = world.map(self.index).read_map();
         world.steps(2);
@@ -136,7 +137,7 @@ impl Tracked for Disk {
     fn driver_writes(&self) -> Result<u64, DiskError> {
         let mut world = self.world.lock();
         world.steps(2);
-        Ok(world.in_flight(self.index))
+        Ok(world.in_driver(self.index))
     }
 
     fn sync_node(&self) -> Result<(), FreezeError> {
@@ -334,6 +335,8 @@ impl Drop for ModelFreezer {
 struct Witness {
     world: Shared,
     seen: Mutex<Vec<Content>>,
+    /// There were writes that not even the ledger knew.
+    hidden: Mutex<bool>,
     fails: Option<Stage>,
 }
 
@@ -342,6 +345,7 @@ impl Witness {
         Self {
             world: world.clone(),
             seen: Mutex::default(),
+            hidden: Mutex::default(),
             fails: None,
         }
     }
@@ -353,6 +357,7 @@ impl FreezeHook for Witness {
         world.steps(3);
         if stage == Stage::Frozen {
             *self.seen.lock().unwrap() = world.contents();
+            *self.hidden.lock().unwrap() = (0..world.contents().len()).any(|disk| world.has_hidden(disk));
         }
         world.steps(3);
         if self.fails == Some(stage) {

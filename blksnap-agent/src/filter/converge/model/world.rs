@@ -61,6 +61,8 @@ struct Flight {
     in_ledger: bool,
     /// Takes its time.
     slow: bool,
+    /// When the driver gets it: nothing of it lands before.
+    dispatch: u64,
 }
 
 #[derive(Debug)]
@@ -147,8 +149,23 @@ impl World {
         &mut self.disks[disk].map
     }
 
-    pub(super) fn in_flight(&self, disk: usize) -> u64 {
-        self.disks[disk].flights.len() as u64
+    /// Writes that the driver holds.
+    pub(super) fn in_driver(&self, disk: usize) -> u64 {
+        let flights = self.disks[disk].flights.iter();
+        flights.filter(|flight| flight.dispatch <= self.now).count() as u64
+    }
+
+    /// Whether a write from before the ledger waits for its driver: when that lands, nobody hears of it.
+    pub(super) fn has_hidden(&self, disk: usize) -> bool {
+        self.disks[disk].flights.iter().any(|flight| !flight.in_ledger)
+    }
+
+    /// Before the map is taken somebody writes, and somebody else closes the period.
+    pub(super) fn interfere(&mut self, disk: usize) {
+        if !self.faults.alone && self.random.once_in(2) {
+            self.write(disk);
+            self.close(disk);
+        }
     }
 
     pub(super) fn has_file_system(&self, disk: usize) -> bool {
@@ -231,6 +248,13 @@ impl World {
             .ledger_full
             .is_some_and(|times| self.random.once_in(times));
         let slow = self.random.once_in(8);
+        let delay = match self.random.below(40) {
+            // Throttled, or out of tags.
+            0 => self.random.below(6000),
+            1..10 => self.random.below(20),
+            _ => 0,
+        };
+        let dispatch = self.now + delay as u64;
         let state = &mut self.disks[disk];
         state.mark(first, count);
         let in_ledger = state.ledger > 0 && !full;
@@ -242,6 +266,7 @@ impl World {
             data: vec![Some(value); count],
             in_ledger,
             slow,
+            dispatch,
         });
     }
 
@@ -253,7 +278,7 @@ impl World {
         }
         let index = self.random.below(state.flights.len());
         let flight = &mut state.flights[index];
-        if flight.slow && !self.random.once_in(30) {
+        if flight.dispatch > self.now || (flight.slow && !self.random.once_in(30)) {
             return;
         }
         if flight.data.iter().any(Option::is_some) {
@@ -313,6 +338,7 @@ impl World {
             while !self.disks[disk].cache.is_empty() || !self.disks[disk].flights.is_empty() {
                 self.write_back(disk);
                 self.land(disk);
+                self.now += 1;
                 self.steps(1);
             }
         }
@@ -396,6 +422,7 @@ impl World {
             while !self.disks[disk].cache.is_empty() || !self.disks[disk].flights.is_empty() {
                 self.write_back(disk);
                 self.land(disk);
+                self.now += 1;
             }
         }
     }
