@@ -136,7 +136,8 @@ impl Tracked for Disk {
 
     fn driver_writes(&self) -> Result<u64, DiskError> {
         let mut world = self.world.lock();
-        world.steps(2);
+        // Asked again and again, with a pause between.
+        world.steps(30);
         Ok(world.in_driver(self.index))
     }
 
@@ -178,7 +179,7 @@ impl Watch for DiskWatch {
 
     fn status(&self) -> Result<LedgerStatus, TrackerError> {
         let mut world = self.disk.world.lock();
-        world.steps(2);
+        world.steps(10);
         Ok(world.status(self.disk.index))
     }
 }

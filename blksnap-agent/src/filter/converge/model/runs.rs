@@ -20,7 +20,7 @@ fn limits() -> Limits {
     Limits {
         max_rounds: 64,
         max_time: Duration::from_secs(60),
-        freeze_limit: Duration::from_secs(2),
+        freeze_limit: Duration::from_secs(1),
         watchdog: WatchdogCommand {
             program: "unused".into(),
             arguments: Vec::new(),
