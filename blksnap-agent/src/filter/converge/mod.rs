@@ -13,12 +13,12 @@
 //!    marked again when it completes, after its data landed; then its entry goes.
 //! 2. A period's bitmap is final when it is closed, and every block in it is read again afterwards
 //!    (`Party::todo` only loses blocks when a copy of them succeeded that began after the close).
-//! 3. `T` is a moment in the last window for which all of this holds, of all devices: everything of the periods
-//!    closed so far was copied; at `T` the ledger has no entry and the driver holds no write; the open period, looked
-//!    at after `T`, is empty. If one of them fails, the window goes on; if its time is up, the take fails. The look
-//!    does not wait for programs that run meanwhile, and need not: they mark a write before it goes to the driver,
-//!    and again before its entry goes. (Closing the period instead would wait for the kernel, several times as long
-//!    as the rest of the window.)
+//! 3. `T` is a moment in the last window, after everything of the periods closed so far was copied. Before it and
+//!    after it all of this was found, of all devices and in this order: the ledger has no entry, the driver holds no
+//!    write, the open period is empty. If one of them fails, the window goes on; if its time is up, the take fails.
+//!    The look at the open period does not wait for programs that run meanwhile, and need not: they mark a write
+//!    before it goes to the driver, and again before its entry goes. (Closing the period instead would wait for the
+//!    kernel, several times as long as the rest of the window.)
 //!
 //! Let `r` be the beginning of the last read of `b`, and suppose that a write `W` changes `b` between `r` and
 //! `T`. If `W` is in the ledger, it completed before `T` (3: no entry) and its second mark came after its
@@ -27,10 +27,11 @@
 //! contradiction. If `W` was queued after `T`, its data came after `T`. What remains are writes that were
 //! queued *before the ledger*:
 //!
-//! 4. If such a write completes, it is counted as unknown. The count is read before the first read of a pass; if
-//!    it has risen at `T`, or the ledger has lost a write, the whole pass starts again (`MAX_PASSES`).
-//! 5. If it has not completed at `T`, no data of it reached the disk unless the driver holds it, and at `T` the
-//!    driver holds no write (3). So it is not in the image, and lands later.
+//! 4. If such a write completes, it is counted as unknown. The count is read before the first read of a pass, and
+//!    again after the driver was found idle for the second time; if it has risen, or the ledger has lost a write,
+//!    the whole pass starts again (`MAX_PASSES`).
+//! 5. If it has not completed by then, the driver did not have it (3), and so never had it: no data of it has
+//!    reached the disk. It is not in the image, and lands later.
 //!    Only raw devices can have such a write: `FIFREEZE` returns when all writes of the file system are complete.
 //!
 //! So the copy is the device at `T`, as good as the numbers of the driver in (3) are; those of bio-based drivers

@@ -66,11 +66,13 @@ impl Converge<'_> {
                 self.copy_rest(&self.cancel.until(deadline), &|_| {})
                     .map_err(|error| self.late(error))?;
             }
-            // The instant is the idle moment; the look at the open periods comes after it.
+            // A look at the open periods comes after the look whether all is idle.
             let idle = self.all_idle()?;
             if idle && self.all_clean() {
                 self.run_hook(Stage::Frozen, deadline)?;
-                if self.all_clean() {
+                // Any moment between the first pair of looks and this one is the instant.
+                if self.all_idle()? && self.all_clean() {
+                    // What the driver had, and completed before it was found idle, is counted by now.
                     return if self.all_followed()? {
                         self.take().map(Some)
                     } else {

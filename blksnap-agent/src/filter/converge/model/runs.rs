@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::world::{Faults, Habit, Random, World, block};
@@ -11,7 +12,10 @@ use crate::engine::{CancelToken, Copier, Method, Phase, Progress, Silent};
 use crate::filter::converge::{ConvergeError, Converged, Initial, Limits, Target, run_with};
 
 /// Runs of each test.
-const RUNS: u64 = 80;
+const RUNS: u64 = 160;
+
+/// Runs at a time.
+const THREADS: usize = 8;
 
 /// Blocks of a disk.
 const BLOCKS: usize = 40;
@@ -28,14 +32,29 @@ fn limits() -> Limits {
     }
 }
 
-/// A seed of its own for each run of a test, printed when the test fails.
-fn seeds(test: &str) -> impl Iterator<Item = u64> {
+/// Makes runs, each with a seed of its own, several at a time: they mostly sleep. Gives how many were true.
+fn runs(test: &str, run: impl Fn(u64) -> bool + Sync) -> u64 {
     let seed = match std::env::var("BLKSNAP_SEED") {
         Ok(text) => text.parse().expect("BLKSNAP_SEED is a number"),
         Err(_) => u64::try_from(uuid::Uuid::new_v4().as_u128() >> 80).unwrap(),
     };
     println!("{test}: BLKSNAP_SEED={seed}");
-    (0..RUNS).map(move |run| seed.wrapping_add(run * 0x1_0001))
+    let (next, count) = (AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= RUNS {
+                        return;
+                    }
+                    let is_true = run(seed.wrapping_add(number * 0x1_0001));
+                    count.fetch_add(u64::from(is_true), Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    count.into_inner()
 }
 
 /// A world, its disks, and memories that become their copies.
@@ -103,11 +122,16 @@ impl Setting {
         }
     }
 
+    /// The one limit of the map, see the module's page, was met at the instant.
+    fn has_hidden(&self) -> bool {
+        *self.witness.hidden.lock().unwrap()
+    }
+
     /// After some more time, all that differs from the copies is among what the maps say.
-    fn check_maps(&self, converged: &[Converged], context: &str) {
-        if *self.witness.hidden.lock().unwrap() {
-            // The one limit of the map, see the module's page.
-            return;
+    /// False if that can't be said.
+    fn check_maps(&self, converged: &[Converged], context: &str) -> bool {
+        if self.has_hidden() {
+            return false;
         }
         let mut world = self.world.lock();
         world.steps(300);
@@ -135,6 +159,7 @@ impl Setting {
                 );
             }
         }
+        true
     }
 }
 
@@ -150,38 +175,45 @@ fn habits(random: &mut Random) -> Vec<Habit> {
 
 #[test]
 fn copies_are_the_disks_at_the_instant_and_the_maps_know_the_rest() {
-    let mut taken = 0;
-    for seed in seeds("copies_are_the_disks_at_the_instant_and_the_maps_know_the_rest") {
+    let test = "copies_are_the_disks_at_the_instant_and_the_maps_know_the_rest";
+    let complete = runs(test, |seed| {
         let habits = habits(&mut Random::new(seed));
         let setting = Setting::new(seed, &habits, Faults::default());
         let initial = vec![Initial::All; habits.len()];
         let context = format!("seed {seed}, {habits:?}");
-        match setting.run(&initial, &limits(), &Silent) {
-            Ok(converged) => {
-                taken += 1;
-                setting.check_copies(&context);
-                // Again, on top of it: only what changed.
-                let since: Vec<Initial> = converged
-                    .iter()
-                    .map(|one| Initial::Since(one.read_map.as_ref().unwrap().base()))
-                    .collect();
-                setting.world.lock().steps(100);
-                match setting.run(&since, &limits(), &Silent) {
-                    Ok(converged) => {
-                        setting.check_copies(&format!("{context}, second"));
-                        setting.check_maps(&converged, &context);
-                    }
-                    // Somebody else may have taken so many snapshots that the numbers ran out.
-                    Err(ConvergeError::FullNeeded(_)) => {}
-                    Err(error) => assert_honest(&error, &context),
-                }
+        let converged = match setting.run(&initial, &limits(), &Silent) {
+            Ok(converged) => converged,
+            Err(error) => {
+                assert_honest(&error, &context);
+                return false;
             }
-            Err(error) => assert_honest(&error, &context),
+        };
+        setting.check_copies(&context);
+        if setting.has_hidden() {
+            return false;
         }
-    }
+        // Again, on top of it: only what changed.
+        let since: Vec<Initial> = converged
+            .iter()
+            .map(|one| Initial::Since(one.read_map.as_ref().unwrap().base()))
+            .collect();
+        setting.world.lock().steps(100);
+        match setting.run(&since, &limits(), &Silent) {
+            Ok(converged) => {
+                setting.check_copies(&format!("{context}, second"));
+                setting.check_maps(&converged, &context)
+            }
+            // Somebody else may have taken so many snapshots that the numbers ran out.
+            Err(ConvergeError::FullNeeded(_)) => false,
+            Err(error) => {
+                assert_honest(&error, &context);
+                false
+            }
+        }
+    });
     assert!(
-        taken > RUNS * 3 / 4,
-        "only {taken} of {RUNS} runs came to their end"
+        complete > RUNS / 3,
+        "only {complete} of {RUNS} runs came to their end"
     );
 }
 
@@ -200,8 +232,8 @@ fn assert_honest(error: &ConvergeError, context: &str) {
 
 #[test]
 fn whatever_fails_thaws_and_no_wrong_copy_is_called_right() {
-    let mut failed = 0;
-    for seed in seeds("whatever_fails_thaws_and_no_wrong_copy_is_called_right") {
+    let test = "whatever_fails_thaws_and_no_wrong_copy_is_called_right";
+    let failed = runs(test, |seed| {
         let mut random = Random::new(seed);
         let mut habits = habits(&mut random);
         habits[0].file_system = true;
@@ -230,13 +262,14 @@ fn whatever_fails_thaws_and_no_wrong_copy_is_called_right() {
             Ok(converged) => {
                 setting.check_copies(&context);
                 setting.check_maps(&converged, &context);
+                false
             }
             Err(error) => {
-                failed += 1;
                 assert!(!error.to_string().contains('\n'), "{context}: {error}");
+                true
             }
         }
-    }
+    });
     assert!(failed > RUNS / 4, "only {failed} of {RUNS} runs failed");
 }
 
