@@ -139,13 +139,11 @@ impl Setting {
         for (index, converged) in converged.iter().enumerate() {
             world.close(index);
             let base = converged.read_map.as_ref().expect("no doubt").base();
-            let changed: Vec<Extent> = world
-                .map(index)
-                .live_map()
-                .unwrap()
-                .changed_since(&base)
-                .unwrap()
-                .collect();
+            // Somebody else may have taken so many snapshots that the numbers ran out.
+            let Ok(changed) = world.map(index).live_map().unwrap().changed_since(&base) else {
+                return false;
+            };
+            let changed: Vec<Extent> = changed.collect();
             let copy = self.copies[index].bytes.lock().unwrap();
             let content = &world.contents()[index];
             for sector in 0..content.len() / SECTOR {
