@@ -87,12 +87,12 @@ fn extent(slots: &DiskSlots, bio: &Bio, kind: u8) -> Option<(u64, u64)> {
 /// Kind of a write that is marked for the second time: neither counted nor recorded.
 pub(crate) const AGAIN: u32 = u32::MAX;
 
-/// Whether the range is within one word of the slot's bitmap, and all its bits are set: so it is for most writes,
-/// and needs no call.
+/// Marks a range that is within one word of the slot's bitmap, or outside the slot: so it is for most writes, and
+/// this needs no call. `false` if the range is another one, or the word is missing.
 #[inline(always)]
-fn is_dirty(slot: &Slot, sector: u64, sectors: u64) -> bool {
+fn mark_word(slot: &Slot, sector: u64, sectors: u64, kind: u32) -> bool {
     let Some(range) = blocks_of(slot, sector, sectors) else {
-        return false;
+        return true;
     };
     let word = range.first >> 6;
     if word != range.last >> 6 {
@@ -103,7 +103,18 @@ fn is_dirty(slot: &Slot, sector: u64, sectors: u64) -> bool {
     };
     let mask = (u64::MAX << (range.first & 63)) & (u64::MAX >> (63 - (range.last & 63)));
     // SAFETY: `bits` points to a word of the map; other CPUs change it with atomic operations only.
-    unsafe { core::ptr::read_volatile(bits) & mask == mask }
+    let newly_dirty = unsafe {
+        let newly_dirty = core::ptr::read_volatile(bits) & mask != mask;
+        if newly_dirty {
+            atomic::or(bits, mask);
+        }
+        newly_dirty
+    };
+    if kind != AGAIN {
+        let recorded = newly_dirty && record(slot, range, kind);
+        count(slot, sectors, kind, recorded);
+    }
+    true
 }
 
 /// Counts a write of a slot.
@@ -127,11 +138,7 @@ fn count(slot: &Slot, sectors: u64, kind: u32, recorded: bool) {
 /// Marks the range in every slot of the disk that it touches; gives the number of slots that lack a bitmap word.
 #[inline(always)]
 pub(crate) fn mark(slots: &DiskSlots, sector: u64, sectors: u64, kind: u32) -> u32 {
-    let first = &slots.slots[0];
-    if slots.count == 1 && is_dirty(first, sector, sectors) {
-        if kind != AGAIN {
-            count(first, sectors, kind, false);
-        }
+    if slots.count == 1 && mark_word(&slots.slots[0], sector, sectors, kind) {
         return 0;
     }
     let mut missing = mark_slot(slots.entry, 0, sector, sectors, kind);
