@@ -290,6 +290,8 @@ fn mounts_of_disks_and_partitions_are_found() {
     assert_eq!(&buffer.as_slice()[64..72], b"_BHRfS_M");
     assert!(reader.read(&mut buffer, reader.length() - 512, 1024).is_err());
     let gone = open(disk.path());
+    // Who still reads it keeps the loop device there.
+    drop(reader);
     drop(disk);
     assert!(DirectReader::open(&gone).is_err());
 }

@@ -45,6 +45,8 @@ impl Converge<'_> {
 
     /// From the freeze to the thaw; `None` if everything has to be copied again.
     fn frozen_part(&mut self) -> Result<Option<Vec<Take>>, ConvergeError> {
+        // The hook may have taken its time.
+        self.check_cancel()?;
         let limit = self.limits.freeze_limit;
         let deadline = Instant::now() + limit.mul_f64(OWN_SHARE);
         self.freezer.freeze(limit)?;
@@ -108,6 +110,8 @@ impl Converge<'_> {
     }
 
     fn take(&self) -> Result<Vec<Take>, ConvergeError> {
+        // As above; who cancelled does not want the take, and nothing is taken yet.
+        self.check_cancel()?;
         for party in &self.parties {
             party.check_doubt()?;
         }
