@@ -21,6 +21,7 @@ use crate::complain;
 pub struct Writer {
     stop: Arc<AtomicBool>,
     writes: Arc<AtomicU64>,
+    held: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -59,8 +60,13 @@ impl Writer {
             .expect("a device of our own opens");
         let blocks = ioctl::blkgetsize64(&file).expect("a block device has a size") / 4096;
         let mut buffer = AlignedBuffer::zeroed(256 << 10);
-        Self::start(seed, move |rng| {
+        let held = Arc::new(AtomicBool::new(false));
+        let wait = Arc::clone(&held);
+        let mut writer = Self::start(seed, move |rng| {
             for _ in 0..rng.random_range(1..=pace.burst) {
+                while wait.load(Ordering::Acquire) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 let count = rng.random_range(1..=64).min(blocks);
                 let offset = rng.random_range(0..=blocks - count) * 4096;
                 let bytes = usize::try_from(count * 4096).expect("at most the buffer");
@@ -78,7 +84,15 @@ impl Writer {
                 }
             }
             std::thread::sleep(pace.pause);
-        })
+        });
+        writer.held = held;
+        writer
+    }
+
+    /// While this is true a raw writer begins no write: who copies the device may need longer than its pauses.
+    #[must_use]
+    pub fn hold(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.held)
     }
 
     fn start(seed: u64, mut step: impl FnMut(&mut StdRng) + Send + 'static) -> Self {
@@ -95,6 +109,7 @@ impl Writer {
         Self {
             stop,
             writes,
+            held: Arc::default(),
             thread: Some(thread),
         }
     }
@@ -117,6 +132,7 @@ impl Writer {
 impl Drop for Writer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
+        self.held.store(false, Ordering::Release);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

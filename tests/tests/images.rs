@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -40,23 +41,48 @@ fn limits() -> Limits {
     }
 }
 
-/// Copies the devices when they are frozen.
+/// Copies the devices when they are frozen. Raw writers begin no write from then on, until it is dropped: on a busy
+/// machine the copy takes longer than any pause of theirs, and a write while it runs asks for another one.
 #[derive(Debug, Default)]
 struct Witness {
+    hold: Vec<Arc<AtomicBool>>,
     copies: Mutex<HashMap<PathBuf, Vec<u8>>>,
     stages: Mutex<Vec<Stage>>,
+}
+
+impl Witness {
+    /// One for takes of these devices.
+    fn of<'a>(busy: impl IntoIterator<Item = &'a Busy>) -> Arc<Self> {
+        let writers = busy.into_iter().flat_map(|busy| &busy.writers);
+        Arc::new(Self {
+            hold: writers.map(Writer::hold).collect(),
+            copies: Mutex::default(),
+            stages: Mutex::default(),
+        })
+    }
 }
 
 impl FreezeHook for Witness {
     fn run(&self, stage: Stage, devices: &[PathBuf], _deadline: Instant) -> Result<(), HookError> {
         self.stages.lock().unwrap().push(stage);
         if stage == Stage::Frozen {
+            for writer in &self.hold {
+                writer.store(true, Ordering::Release);
+            }
             let mut copies = self.copies.lock().unwrap();
             for path in devices {
                 copies.insert(path.clone(), content(path));
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        for writer in &self.hold {
+            writer.store(false, Ordering::Release);
+        }
     }
 }
 
@@ -205,10 +231,9 @@ impl Busy {
             ..LoopOptions::default()
         };
         let device = LoopDevice::with_options(48 * MIB, &options).unwrap();
-        // Between two bursts the hook must find the time to copy all devices of the round.
         let pace = Pace {
             burst: 60,
-            pause: Duration::from_millis(2500),
+            pause: Duration::from_millis(400),
         };
         Self {
             name: "raw",
@@ -257,12 +282,13 @@ fn images_are_the_devices_at_the_instant() {
         }
         let devices: Vec<DeviceId> = chosen.iter().map(|index| ids[*index]).collect();
         let snapshot = bench.create(&devices);
-        let witness = Arc::new(Witness::default());
+        let witness = Witness::of(chosen.iter().map(|index| &busy[*index]));
         let info = bench
             .take(&snapshot, limits(), Some(Arc::clone(&witness) as _))
             .unwrap_or_else(|error| panic!("round {round}, seed {seed}: {error}"));
         assert_eq!((info.state, info.images.len()), (State::Taken, chosen.len()));
         let mut copies = std::mem::take(&mut *witness.copies.lock().unwrap());
+        drop(witness);
         for (index, image) in chosen.iter().zip(&info.images) {
             let busy = &busy[*index];
             let name = format!("{} in round {round}, seed {seed}", busy.name);
@@ -348,7 +374,7 @@ fn takes_of_one_device_at_the_same_time_are_all_right() {
             let takes: Vec<_> = (0..3)
                 .map(|_| {
                     scope.spawn(|| {
-                        let witness = Arc::new(Witness::default());
+                        let witness = Witness::of([&busy]);
                         let info =
                             bench.take(&bench.create(&[id]), limits(), Some(Arc::clone(&witness) as _))?;
                         let copy = witness.copies.lock().unwrap().remove(&busy.node).unwrap();
