@@ -848,7 +848,7 @@ fn a_backup_whose_client_is_gone_ends() {
     let device = LoopDevice::new(32 * MIB).unwrap();
     let node = path(device.path()).to_owned();
     fill(device.path(), 5, 32 * MIB);
-    let (hook, began) = slow_hook(&daemon, "freeze", 5);
+    let (hook, began) = slow_hook(&daemon, "freeze", 10);
     let target = daemon.scratch().join("disk.img");
     let mut client = daemon
         .command([
