@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -11,7 +12,7 @@ use std::time::Duration;
 
 use blksnap_agent::disk::{BlockDevice, DirectReader, FileSystems, FreezeError, Freezer, WatchdogCommand};
 use blksnap_agent::sys::{AlignedBuffer, ioctl};
-use blksnap_tests::{LoopDevice, LoopOptions, agent_binary, run};
+use blksnap_tests::{Daemon, DaemonOptions, LoopDevice, LoopOptions, agent_binary, run};
 use nix::errno::Errno;
 
 /// Bound against hanging for ever, not a measurement.
@@ -234,6 +235,35 @@ fn a_killed_agent_leaves_nothing_frozen() {
 }
 
 #[test]
+fn a_daemon_killed_in_the_window_of_a_take_leaves_nothing_frozen() {
+    let (first, first_mount) = mounted("ext4", 64 << 20);
+    let (second, second_mount) = mounted("xfs", 512 << 20);
+    let mut daemon = Daemon::start().unwrap();
+    let nodes = [first.path(), second.path()].map(|path| path.to_str().unwrap());
+    for node in nodes {
+        daemon.run(["attach", node]).unwrap();
+    }
+    let hook = daemon.scratch().join("hook");
+    let script = "#!/bin/sh\nif [ \"$1\" = frozen ]; then kill -9 $PPID; fi\n";
+    fs::write(&hook, script).unwrap();
+    fs::set_permissions(&hook, fs::Permissions::from_mode(0o700)).unwrap();
+    let hook = hook.to_str().unwrap();
+    let answer = daemon
+        .try_run(["snapshot", "create", nodes[0], nodes[1], "--freeze-hook", hook])
+        .unwrap();
+    assert_ne!(answer.code, 0, "the hook did not kill the daemon: {answer:?}");
+    for mountpoint in [&first_mount, &second_mount] {
+        write_in_background(mountpoint).recv_timeout(PATIENCE).unwrap();
+        assert!(!is_frozen(mountpoint));
+    }
+    daemon.kill().unwrap();
+    // And the next one takes it.
+    daemon.launch(&DaemonOptions::default()).unwrap();
+    daemon.run(["attach", nodes[0]]).unwrap();
+    daemon.run(["snapshot", "create", nodes[0]]).unwrap();
+}
+
+#[test]
 fn no_watchdog_no_freeze() {
     let (device, mountpoint) = mounted("ext4", 64 << 20);
     let device = open(device.path());
@@ -290,8 +320,9 @@ fn mounts_of_disks_and_partitions_are_found() {
     assert_eq!(&buffer.as_slice()[64..72], b"_BHRfS_M");
     assert!(reader.read(&mut buffer, reader.length() - 512, 1024).is_err());
     let gone = open(disk.path());
-    // Who still reads it keeps the loop device there.
-    drop(reader);
-    drop(disk);
-    assert!(DirectReader::open(&gone).is_err());
+    drop((reader, disk));
+    // It goes when its last opener has, who may be anybody that looks at all devices.
+    while DirectReader::open(&gone).is_ok() {
+        std::thread::yield_now();
+    }
 }
