@@ -4,6 +4,7 @@
 //! - [`Daemon`]: an agent of its own, with its sockets in a temporary directory.
 //! - [`LoopDevice`]: a block device on a file of its own, with a file system and a mount when asked.
 //! - [`Writer`]: random writes to a file system or a device until it is dropped.
+//! - [`Zram`]: a disk in memory.
 //! - [`Interrupt`]: signals, for programs that must clean up after themselves.
 //! - [`seed`]: the seed of a random test, printed, or given by `BLKSNAP_SEED` to repeat a run.
 //!
@@ -13,6 +14,7 @@ mod daemon;
 mod interrupt;
 mod loopdev;
 mod writer;
+mod zram;
 
 use std::ffi::OsStr;
 use std::io::Write as _;
@@ -24,6 +26,7 @@ pub use daemon::{Answer, Daemon, DaemonOptions, agent_binary};
 pub use interrupt::{Interrupt, Interrupted};
 pub use loopdev::{LoopDevice, LoopOptions};
 pub use writer::{Pace, Writer};
+pub use zram::Zram;
 
 /// Runs `program` and gives its standard output; a program that fails is an error with its standard error.
 ///

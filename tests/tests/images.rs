@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do, by a panic")]
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -19,7 +20,7 @@ use blksnap_agent::storage::DirStorage;
 use blksnap_agent::sys::AlignedBuffer;
 use blksnap_agent::tracker::{Granularity, Tracker, TrackerConfig};
 use blksnap_agent::units::{BlockSize, DeviceId};
-use blksnap_tests::{LoopDevice, LoopOptions, Pace, Writer, agent_binary, run, seed};
+use blksnap_tests::{LoopDevice, LoopOptions, Pace, Writer, Zram, agent_binary, run, seed};
 use nix::errno::Errno;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -180,7 +181,34 @@ struct Busy {
     consistency: Consistency,
     /// Stopped before the device goes.
     writers: Vec<Writer>,
-    _device: LoopDevice,
+    /// What cleans up.
+    _device: Box<dyn Any + Send + Sync>,
+}
+
+/// A file system on a zram device, whose driver works on bios: they end at another tracepoint than requests.
+struct MountedZram {
+    zram: Zram,
+    mountpoint: tempfile::TempDir,
+}
+
+impl MountedZram {
+    fn new(bytes: u64) -> Self {
+        let this = Self {
+            zram: Zram::new(bytes).unwrap(),
+            mountpoint: tempfile::tempdir().unwrap(),
+        };
+        LoopDevice::mkfs_on(&this.zram.path(), "ext4").unwrap();
+        run("mount", [&*this.zram.path(), this.mountpoint.path()]).unwrap();
+        this
+    }
+}
+
+impl Drop for MountedZram {
+    fn drop(&mut self) {
+        if let Err(error) = run("umount", [self.mountpoint.path()]) {
+            eprintln!("{error:#}");
+        }
+    }
 }
 
 impl Busy {
@@ -193,7 +221,7 @@ impl Busy {
             node: device.path().to_owned(),
             consistency: Consistency::FileSystem,
             writers: vec![Writer::files(&mountpoint, seed)],
-            _device: device,
+            _device: Box::new(device),
         }
     }
 
@@ -221,7 +249,18 @@ impl Busy {
                 Writer::files(&mountpoint, seed),
                 Writer::raw(&device.partition(1), seed + 1, pace),
             ],
-            _device: device,
+            _device: Box::new(device),
+        }
+    }
+
+    fn zram(seed: u64) -> Self {
+        let device = MountedZram::new(64 * MIB);
+        Self {
+            name: "zram",
+            node: device.zram.path(),
+            consistency: Consistency::FileSystem,
+            writers: vec![Writer::files(device.mountpoint.path(), seed)],
+            _device: Box::new(device),
         }
     }
 
@@ -240,7 +279,7 @@ impl Busy {
             node: device.path().to_owned(),
             consistency: Consistency::Crash,
             writers: vec![Writer::raw(device.path(), seed, pace)],
-            _device: device,
+            _device: Box::new(device),
         }
     }
 }
@@ -257,6 +296,7 @@ fn images_are_the_devices_at_the_instant() {
         Busy::partition(seed + 30),
         Busy::raw(seed + 40, 0),
         Busy::raw(seed + 50, 4096),
+        Busy::zram(seed + 60),
     ];
     let ids: Vec<DeviceId> = busy
         .iter()

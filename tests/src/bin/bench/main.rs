@@ -7,7 +7,6 @@ mod converge;
 mod programs;
 mod report;
 mod track;
-mod zram;
 
 use std::process::ExitCode;
 

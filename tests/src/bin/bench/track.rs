@@ -5,10 +5,9 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use blksnap_agent::tracker::EmptyProgram;
-use blksnap_tests::Daemon;
+use blksnap_tests::{Daemon, Zram};
 
 use crate::programs::{Measuring, Runs, tracking_program};
-use crate::zram::Zram;
 use crate::{Bench, REPEATS};
 
 /// Size of the disk: as many blocks of 4 KiB as make first touches that can be measured.

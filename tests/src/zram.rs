@@ -1,24 +1,29 @@
-//! Zram: a disk in memory, so fast that the cost of tracking shows.
+//! Zram: a disk in memory, so fast that the cost of tracking shows. Its driver works on bios, not on requests.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use blksnap_tests::complain;
+
+use crate::{complain, run};
 
 const CONTROL: &str = "/sys/class/zram-control";
 
 /// A zram device of our own, removed when dropped.
-pub(crate) struct Zram {
+#[derive(Debug)]
+pub struct Zram {
     number: u32,
 }
 
 impl Zram {
     /// A device of `bytes` bytes.
-    pub(crate) fn new(bytes: u64) -> Result<Self> {
+    ///
+    /// # Errors
+    /// The kernel has no zram, or no memory for another one.
+    pub fn new(bytes: u64) -> Result<Self> {
         if !Path::new(CONTROL).is_dir() {
             // A kernel that has it built in knows no such module.
-            let _ = blksnap_tests::run("modprobe", ["zram", "num_devices=0"]);
+            let _ = run("modprobe", ["zram", "num_devices=0"]);
         }
         // Reading it makes a device.
         let number = fs::read_to_string(format!("{CONTROL}/hot_add"))
@@ -32,7 +37,8 @@ impl Zram {
     }
 
     /// The node.
-    pub(crate) fn path(&self) -> PathBuf {
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/dev/zram{}", self.number))
     }
 }
