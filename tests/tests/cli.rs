@@ -873,7 +873,12 @@ fn a_backup_whose_client_is_gone_ends() {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGINT).unwrap();
     client.wait().unwrap();
     // The claim goes with the backup, and with it the attach that was made for it.
+    let asked = std::time::Instant::now();
     while !tracked(&daemon).is_empty() {
+        assert!(
+            asked.elapsed().as_secs() < 120,
+            "the attach made for the backup stays"
+        );
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     assert!(!target.exists(), "a part of an image stays");
