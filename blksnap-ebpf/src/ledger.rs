@@ -13,7 +13,7 @@
 //! The kernel traces each bio at one of the two (`BIO_TRACE_COMPLETION` is cleared at the first).
 //!
 //! A completion without an entry belongs to a write that was submitted before the flag was set: it is counted,
-//! and who copies starts again. A flush without data ends like a write at `block_bio_complete`, so it is
+//! and who copies starts again; of a request, whose range is known here, it is marked as well. A flush without data ends like a write at `block_bio_complete`, so it is
 //! entered, with no sectors, where that can happen.
 
 use core::ffi::c_void;
@@ -154,6 +154,8 @@ fn piece(slots: &DiskSlots, bio: ListedBio, disk: u32, sector: u64, sectors: u64
         found = LEDGER.get_ptr_mut(key);
     }
     let Some(entry) = found else {
+        // Older than the ledger. Its data is there now, and it may have come after an instant.
+        mark_again(disk, sector, sectors);
         count_unknown(disk);
         return;
     };
