@@ -131,10 +131,12 @@ extern "C" fn next_bio(_index: u64, walk: *mut Walk) -> i64 {
     let bio = ListedBio::at(walk.bio);
     let size = bio.size();
     let done = if size < walk.left { size } else { walk.left };
+    let sectors = u64::from(done >> 9);
     if let Some(slots) = slots_of(walk.disk) {
-        piece(slots, bio, walk.disk, bio.sector(), u64::from(done >> 9));
+        piece(slots, bio, walk.disk, bio.sector(), sectors);
     } else {
-        finish(walk.bio);
+        // An upper disk may be tracked that sent the bio here.
+        settle(bio, sectors);
     }
     walk.left -= done;
     walk.bio = bio.next().key();
@@ -147,6 +149,17 @@ fn piece(slots: &DiskSlots, bio: ListedBio, disk: u32, sector: u64, sectors: u64
     if slots.flags & DISK_LEDGER == 0 {
         return;
     }
+    // Also of a write older than the ledger: its data is there now, and may have come after an instant.
+    mark_again(disk, sector, sectors);
+    if !settle(bio, sectors) {
+        count_unknown(disk);
+    }
+}
+
+/// Takes `sectors` of a bio, or of a part split off it, from its entry, which goes when none remain; `false` if
+/// there is none.
+#[inline(always)]
+fn settle(bio: ListedBio, sectors: u64) -> bool {
     let mut key = bio.key();
     let mut found = LEDGER.get_ptr_mut(key);
     if found.is_none() {
@@ -154,17 +167,14 @@ fn piece(slots: &DiskSlots, bio: ListedBio, disk: u32, sector: u64, sectors: u64
         found = LEDGER.get_ptr_mut(key);
     }
     let Some(entry) = found else {
-        // Older than the ledger. Its data is there now, and it may have come after an instant.
-        mark_again(disk, sector, sectors);
-        count_unknown(disk);
-        return;
+        return false;
     };
-    mark_again(disk, sector, sectors);
     // SAFETY: the entry of a bio in flight; parts of it may complete on several CPUs at once.
     let before = unsafe { atomic::subtract(addr_of_mut!((*entry).remaining), sectors) };
     if before <= sectors {
         finish(key);
     }
+    true
 }
 
 /// Marks the whole ranges of an entry again and drops it; `false` if there is none.
