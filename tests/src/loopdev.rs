@@ -2,11 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use tempfile::TempDir;
 
 use crate::{complain, run};
+
+/// Longest wait for the kernel to detach a device.
+const DETACH: Duration = Duration::from_secs(10);
 
 /// How a [`LoopDevice`] is made.
 #[derive(Clone, Debug, Default)]
@@ -180,6 +184,22 @@ impl Drop for LoopDevice {
         }
         if let Err(error) = run("losetup", [Path::new("--detach"), &self.node]) {
             complain(format_args!("{error:#}"));
+        }
+        // The kernel detaches with the last close: whoever scans devices may still have it open.
+        let backing = Path::new("/sys/class/block")
+            .join(self.name())
+            .join("loop/backing_file");
+        let deadline = Instant::now() + DETACH;
+        let ours = self.image();
+        while std::fs::read_to_string(&backing).is_ok_and(|file| Path::new(file.trim()) == ours) {
+            if Instant::now() > deadline {
+                complain(format_args!(
+                    "{} is still open after {DETACH:?}",
+                    self.node.display()
+                ));
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 }

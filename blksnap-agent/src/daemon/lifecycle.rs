@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -25,6 +25,9 @@ use crate::tracker::{Tracker, TrackerConfig, TrackerError};
 
 /// Longest wait for requests that were cancelled at the end.
 const GRACE: Duration = Duration::from_secs(30);
+
+/// Longest wait for the lock of a daemon that is ending: a child of one that was killed holds it until its exec.
+const ENDING: Duration = Duration::from_secs(3);
 
 /// Longest wait for threads that are still busy after that.
 const THREADS: Duration = Duration::from_secs(5);
@@ -111,6 +114,7 @@ impl DirectoryLock {
             path: path.clone(),
             source,
         };
+        let deadline = Instant::now() + ENDING;
         loop {
             let file = OpenOptions::new()
                 .write(true)
@@ -121,6 +125,10 @@ impl DirectoryLock {
                 .map_err(wrong)?;
             let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(file) => file,
+                Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
+                    continue;
+                }
                 Err((_, Errno::EWOULDBLOCK)) => return Err(DaemonError::Running(directory.to_owned())),
                 Err((_, errno)) => return Err(wrong(errno.into())),
             };
