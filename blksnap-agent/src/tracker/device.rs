@@ -21,7 +21,7 @@ use serde::Serialize;
 use super::bitmap::{Bitmap, BitmapTable, DirtyBlocks};
 use super::object::RunMisses;
 use super::watch::Watchers;
-use super::{Shared, TrackerError, probe};
+use super::{Shared, TrackerError, probe, record};
 use crate::cbt::{CbtMap, MapError, ReadMap, ResetReason, Taken};
 use crate::disk::{BlockDevice, DiskError};
 use crate::units::{BlockSize, Generation, Sectors};
@@ -423,8 +423,9 @@ impl TrackedDevice {
     /// A record from the ring.
     pub(super) fn apply(&self, record: &Record) {
         let mut state = self.state();
-        if record.period == state.period && !self.detached.load(Ordering::Acquire) {
-            state.map.mark_blocks(record.first_block, record.last_block);
+        if !self.detached.load(Ordering::Acquire) {
+            let period = state.period;
+            record::apply(record, period, &mut state.map);
         }
     }
 

@@ -22,6 +22,7 @@ mod error;
 mod layout;
 mod object;
 mod probe;
+pub mod record;
 mod watch;
 
 use std::path::PathBuf;
@@ -30,7 +31,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::maps::{MapData, RingBuf};
-use blksnap_common::track::{MAX_SLOTS, RECORD_BYTES, RING_BYTES, Record, SlotState};
+use blksnap_common::track::{MAX_SLOTS, RECORD_BYTES, RING_BYTES, SlotState};
 
 pub use bitmap::DirtyBlocks;
 pub use btf::{BtfError, KernelBtf};
@@ -285,7 +286,7 @@ fn drain(
             && let Some(item) = ring.next()
         {
             records += 1;
-            if let Some(record) = decode(&item)
+            if let Some(record) = record::decode(&item)
                 && let Some(Some(device)) = by_slot.get(record.slot as usize)
             {
                 device.apply(&record);
@@ -315,28 +316,6 @@ fn drain(
     }
 }
 
-/// A record from the ring's bytes; `None` for anything else.
-fn decode(bytes: &[u8]) -> Option<Record> {
-    let bytes: &[u8; size_of::<Record>()] = bytes.try_into().ok()?;
-    let long = |at: usize| {
-        let mut word = [0; 8];
-        word.copy_from_slice(&bytes[at..at + 8]);
-        u64::from_ne_bytes(word)
-    };
-    let short = |at: usize| {
-        let mut word = [0; 4];
-        word.copy_from_slice(&bytes[at..at + 4]);
-        u32::from_ne_bytes(word)
-    };
-    Some(Record {
-        period: long(0),
-        first_block: long(8),
-        last_block: long(16),
-        slot: short(24),
-        kind: short(28),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -358,25 +337,5 @@ mod tests {
                 "{global} at {wrong} was accepted"
             );
         }
-    }
-
-    #[test]
-    fn records_survive_the_ring() {
-        let record = Record {
-            period: 1 << 40,
-            first_block: 3,
-            last_block: u64::MAX,
-            slot: 255,
-            kind: 5,
-        };
-        let mut bytes = Vec::new();
-        for word in [record.period, record.first_block, record.last_block] {
-            bytes.extend_from_slice(&word.to_ne_bytes());
-        }
-        bytes.extend_from_slice(&record.slot.to_ne_bytes());
-        bytes.extend_from_slice(&record.kind.to_ne_bytes());
-        assert_eq!(decode(&bytes), Some(record));
-        assert_eq!(decode(&bytes[1..]), None);
-        assert_eq!(decode(&[]), None);
     }
 }
