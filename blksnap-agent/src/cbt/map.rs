@@ -13,7 +13,7 @@ use super::reason::{FullNeeded, FullReason, ResetReason};
 use crate::units::{BlockSize, Generation, Sectors};
 
 /// Number of the first period of a generation.
-const FIRST_PERIOD: u8 = 1;
+pub(super) const FIRST_PERIOD: u8 = 1;
 
 /// Something was asked of a map that it can't do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -78,15 +78,15 @@ pub struct CbtInfo {
 /// The change map of a device.
 #[derive(Debug)]
 pub struct CbtMap {
-    generation: Generation,
-    began: ResetReason,
-    block_size: BlockSize,
-    capacity: Sectors,
-    active: u8,
-    bytes: Vec<u8>,
-    dirty: u64,
-    read: Option<Arc<ReadMap>>,
-    doubt: Arc<OnceLock<ResetReason>>,
+    pub(super) generation: Generation,
+    pub(super) began: ResetReason,
+    pub(super) block_size: BlockSize,
+    pub(super) capacity: Sectors,
+    pub(super) active: u8,
+    pub(super) bytes: Vec<u8>,
+    pub(super) dirty: u64,
+    pub(super) read: Option<Arc<ReadMap>>,
+    pub(super) doubt: Arc<OnceLock<ResetReason>>,
 }
 
 impl CbtMap {
@@ -410,7 +410,7 @@ fn mark(bytes: &mut [u8], number: u8) -> u64 {
 }
 
 /// The blocks of a map, checked against its limit.
-fn block_count(block_size: BlockSize, capacity: Sectors) -> Result<usize, MapError> {
+pub(super) fn block_count(block_size: BlockSize, capacity: Sectors) -> Result<usize, MapError> {
     let blocks = block_size.blocks_in(capacity);
     usize::try_from(blocks)
         .ok()

@@ -28,6 +28,7 @@ mod map;
 mod params;
 mod read_map;
 mod reason;
+mod saved;
 
 pub use answer::{ChangedAnswer, ChangedReport, FullAnswer};
 pub use extents::ChangedExtents;
@@ -35,3 +36,4 @@ pub use map::{CbtInfo, CbtMap, MapError, Taken};
 pub use params::{ParamsError, TrackingParams};
 pub use read_map::{Base, ReadMap};
 pub use reason::{FullNeeded, FullReason, ResetReason};
+pub use saved::{RestoreError, SavedHeader, SavedMap};

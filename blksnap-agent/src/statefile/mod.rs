@@ -1,22 +1,29 @@
-//! State file: a small JSON document that survives a crash or is known to be damaged.
+//! State file: a document that survives a crash or is known to be damaged.
 //!
-//! The document is `{"format", "version", "checksum", "content"}`. The checksum is CRC-32C over the compact JSON of
-//! the content, so that a file edited by hand, cut short or mixed up by a bad disk is refused instead of believed.
+//! There are two forms. [`write()`] makes a small JSON document, `{"format", "version", "checksum", "content"}`,
+//! whose checksum is CRC-32C over the compact JSON of the content. [`write_sections`] makes a binary one, a header
+//! and sections of up to 1 GiB, with a checksum of each part and of the whole ([`frame`]). A file edited by hand,
+//! cut short or mixed up by a bad disk is refused instead of believed.
 //!
 //! # Crash consistency
 //! A new version is written to a temporary file beside, synced, and renamed over the old one; then the directory is
 //! synced. After a crash at any point the name leads to the whole old or the whole new document, and once
 //! [`write()`] has returned, to the new one.
 
-use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+pub mod frame;
+mod place;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use frame::FrameError;
+use place::{Files, System};
 
 /// Longest state file that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -87,6 +94,15 @@ struct Document {
 /// # Errors
 /// The directory can't be written or synced. Then the old document is still there, or the new one as a whole.
 pub fn write<T: Serialize>(path: &Path, format: Format, content: &T) -> Result<(), StateFileError> {
+    write_to(&System, path, format, content)
+}
+
+fn write_to<F: Files, T: Serialize>(
+    files: &F,
+    path: &Path,
+    format: Format,
+    content: &T,
+) -> Result<(), StateFileError> {
     let invalid = |source: serde_json::Error| StateFileError::io("write", path)(source.into());
     let content = serde_json::to_value(content).map_err(invalid)?;
     let document = Document {
@@ -97,35 +113,35 @@ pub fn write<T: Serialize>(path: &Path, format: Format, content: &T) -> Result<(
     };
     let mut text = serde_json::to_vec_pretty(&document).map_err(invalid)?;
     text.push(b'\n');
-
-    let temporary = temporary_of(path);
-    let placed = place(&temporary, path, &text);
-    if placed.is_err() {
-        // It may never have come to exist; the error to tell is the first one.
-        let _ = fs::remove_file(&temporary);
-    }
-    placed
+    place::place(files, path, |file| file.write_all(&text))
 }
 
-fn place(temporary: &Path, path: &Path, text: &[u8]) -> Result<(), StateFileError> {
-    let failed = StateFileError::io;
-    match fs::remove_file(temporary) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(failed("remove", temporary)(error));
-        }
-        _ => {}
-    }
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(temporary)
-        .map_err(failed("create", temporary))?;
-    file.write_all(text).map_err(failed("write", temporary))?;
-    // The content first: a name that leads to a file not written yet would be worse than the old name.
-    file.sync_all().map_err(failed("sync", temporary))?;
-    fs::rename(temporary, path).map_err(failed("rename a new version to", path))?;
-    sync_directory_of(path)
+/// Writes a header and sections to `path`, replacing what is there as a whole. The file is only for its owner. A
+/// section may have up to [`frame::MAX_SECTION`] bytes; long runs of one byte take little space.
+///
+/// # Errors
+/// As [`write()`], or something is longer than a frame can hold.
+pub fn write_sections<H: Serialize>(
+    path: &Path,
+    format: Format,
+    header: &H,
+    sections: &[&[u8]],
+) -> Result<(), StateFileError> {
+    write_sections_to(&System, path, format, header, sections)
+}
+
+fn write_sections_to<F: Files, H: Serialize>(
+    files: &F,
+    path: &Path,
+    format: Format,
+    header: &H,
+    sections: &[&[u8]],
+) -> Result<(), StateFileError> {
+    place::place(files, path, |file| {
+        let mut out = BufWriter::with_capacity(1 << 16, file);
+        frame::encode(&mut out, format, header, sections)?;
+        out.flush()
+    })
 }
 
 /// Makes a change of names in the directory of `path` permanent.
@@ -133,13 +149,7 @@ fn place(temporary: &Path, path: &Path, text: &[u8]) -> Result<(), StateFileErro
 /// # Errors
 /// The directory can't be opened or synced.
 pub fn sync_directory_of(path: &Path) -> Result<(), StateFileError> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    File::open(directory)
-        .and_then(|directory| directory.sync_all())
-        .map_err(StateFileError::io("sync", directory))
+    place::sync_parent(&System, path)
 }
 
 /// Reads the document at `path`; `None` if there is no file.
@@ -147,35 +157,26 @@ pub fn sync_directory_of(path: &Path) -> Result<(), StateFileError> {
 /// # Errors
 /// The file can't be read, is damaged, or is of another format or version.
 pub fn read<T: DeserializeOwned>(path: &Path, format: Format) -> Result<Option<T>, StateFileError> {
-    let damaged = |why: String| StateFileError::Damaged {
-        path: path.to_owned(),
-        why,
+    let Some((file, _)) = open(path)? else {
+        return Ok(None);
     };
-    let file = OpenOptions::new()
-        .read(true)
-        // A pipe in its place must not stop us.
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path);
-    let file = match file {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(StateFileError::io("open", path)(error)),
-    };
-    let is_file = file
-        .metadata()
-        .map_err(StateFileError::io("read", path))?
-        .is_file();
-    if !is_file {
-        return Err(damaged("not a regular file".to_owned()));
-    }
     let mut text = Vec::new();
     file.take(MAX_BYTES + 1)
         .read_to_end(&mut text)
         .map_err(StateFileError::io("read", path))?;
+    parse(&text, path, format).map(Some)
+}
+
+/// The content of a document that was read from `path`.
+fn parse<T: DeserializeOwned>(text: &[u8], path: &Path, format: Format) -> Result<T, StateFileError> {
+    let damaged = |why: String| StateFileError::Damaged {
+        path: path.to_owned(),
+        why,
+    };
     if text.len() as u64 > MAX_BYTES {
         return Err(damaged(format!("longer than {MAX_BYTES} bytes")));
     }
-    let document: Document = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+    let document: Document = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
     if document.format != format.name || document.version != format.version {
         return Err(StateFileError::Version {
             path: path.to_owned(),
@@ -190,9 +191,57 @@ pub fn read<T: DeserializeOwned>(path: &Path, format: Format) -> Result<Option<T
             document.checksum
         )));
     }
-    serde_json::from_value(document.content)
+    serde_json::from_value(document.content).map_err(|error| damaged(error.to_string()))
+}
+
+/// Reads the header and the sections at `path`; `None` if there is no file.
+///
+/// # Errors
+/// The file can't be read, is damaged, or is of another format or version.
+#[expect(clippy::type_complexity, reason = "what was given to write_sections")]
+pub fn read_sections<H: DeserializeOwned>(
+    path: &Path,
+    format: Format,
+) -> Result<Option<(H, Vec<Vec<u8>>)>, StateFileError> {
+    let Some((file, length)) = open(path)? else {
+        return Ok(None);
+    };
+    frame::decode(BufReader::with_capacity(1 << 16, file), length, format)
         .map(Some)
-        .map_err(|error| damaged(error.to_string()))
+        .map_err(|error| match error {
+            FrameError::Io(source) => StateFileError::io("read", path)(source),
+            FrameError::Damaged(why) => StateFileError::Damaged {
+                path: path.to_owned(),
+                why,
+            },
+            FrameError::Version(found) => StateFileError::Version {
+                path: path.to_owned(),
+                found,
+                format,
+            },
+        })
+}
+
+/// Opens a state file and tells its length; `None` if there is none.
+fn open(path: &Path) -> Result<Option<(File, u64)>, StateFileError> {
+    let file = OpenOptions::new()
+        .read(true)
+        // A pipe in its place must not stop us.
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path);
+    let file = match file {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(StateFileError::io("open", path)(error)),
+    };
+    let metadata = file.metadata().map_err(StateFileError::io("read", path))?;
+    if metadata.is_file() {
+        return Ok(Some((file, metadata.len())));
+    }
+    Err(StateFileError::Damaged {
+        path: path.to_owned(),
+        why: "not a regular file".to_owned(),
+    })
 }
 
 /// Removes the document at `path`, if there is one, for good.
@@ -200,37 +249,18 @@ pub fn read<T: DeserializeOwned>(path: &Path, format: Format) -> Result<Option<T
 /// # Errors
 /// It can't be removed, or the directory not synced.
 pub fn remove(path: &Path) -> Result<(), StateFileError> {
-    match fs::remove_file(path) {
-        Ok(()) => sync_directory_of(path),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(StateFileError::io("remove", path)(error)),
-    }
-}
-
-/// The name of the temporary file: fixed, so that one left by a crash is replaced by the next writer.
-fn temporary_of(path: &Path) -> PathBuf {
-    let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(".new");
-    path.with_file_name(name)
+    place::remove(&System, path)
 }
 
 fn checksum(content: &Value) -> String {
     // Numbers and strings have one compact form, and members keep the order in which they were parsed or sorted.
-    format!("crc32c:{:08x}", crc32c(content.to_string().as_bytes()))
-}
-
-/// CRC-32C (Castagnoli), reflected, as in iSCSI and ext4.
-fn crc32c(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(u32::MAX, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
-            (crc >> 1) ^ (0x82f6_3b78 * (crc & 1))
-        })
-    })
+    format!("crc32c:{:08x}", crc32c::crc32c(content.to_string().as_bytes()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const FORMAT: Format = Format {
@@ -255,8 +285,8 @@ mod tests {
 
     #[test]
     fn crc_of_the_check_string() {
-        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
-        assert_eq!(crc32c(b""), 0);
+        assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(crc32c::crc32c(b""), 0);
     }
 
     #[test]
@@ -264,7 +294,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state.json");
         assert!(read::<Content>(&path, FORMAT).unwrap().is_none());
-        fs::write(temporary_of(&path), "left by a crash").unwrap();
+        fs::write(place::temporary_of(&path), "left by a crash").unwrap();
         for _ in 0..2 {
             write(&path, FORMAT, &content()).unwrap();
             assert_eq!(read::<Content>(&path, FORMAT).unwrap(), Some(content()));
@@ -315,7 +345,7 @@ mod tests {
         fs::create_dir(&path).unwrap();
         assert!(read::<Content>(&path, FORMAT).is_err());
         assert!(write(&path, FORMAT, &content()).is_err());
-        assert!(!temporary_of(&path).exists());
+        assert!(!place::temporary_of(&path).exists());
         fs::write(directory.path().join("long"), vec![b' '; 1 << 21]).unwrap();
         assert!(read::<Content>(&directory.path().join("long"), FORMAT).is_err());
     }
