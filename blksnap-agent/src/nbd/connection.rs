@@ -19,7 +19,7 @@ use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -27,14 +27,14 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::counters::{Counters, add, subtract};
-use super::export::{Export, ExportError};
+use super::export::{Export, ExportError, ZeroOptions};
 use super::proto::limits::MAX_EXTENTS;
 use super::proto::reply::{self, MAX_READ_PREFIX};
 use super::proto::transmission::Refused;
-use super::proto::wire::{BlockDescriptor, CommandType};
+use super::proto::wire::CommandType;
 use super::proto::{
-    Command, ErrorCode, Established, Event, Framing, Handshake, HandshakeError, Request, Requests,
-    SelectedContext, Session, Step, TransmissionError,
+    Command, ErrorCode, Established, Event, Handshake, HandshakeError, Request, Requests, SelectedContext,
+    Session, StatusExtent, Step, Ticket, TransmissionError,
 };
 use super::registry::{Entry, Exports};
 
@@ -178,8 +178,7 @@ impl Drop for Permits {
 
 /// A request that must be answered. Dropping it answers with an error.
 struct Pending {
-    framing: Framing,
-    cookie: u64,
+    ticket: Ticket,
     permits: Option<Permits>,
     queue: UnboundedSender<Reply>,
 }
@@ -200,7 +199,7 @@ impl Pending {
             permits.counters.count_error(error);
         }
         let mut bytes = Vec::new();
-        reply::error(&mut bytes, self.framing, self.cookie, error, message);
+        reply::error(&mut bytes, self.ticket, error, message);
         self.send(bytes);
     }
 
@@ -305,25 +304,47 @@ impl Transmission<'_> {
         let mut ending = self.shared.ending.is_cancelled();
         loop {
             let mut rest: &[u8] = input;
-            loop {
+            let collecting = loop {
                 let event = requests.receive(&mut rest)?;
                 let permits = match event {
-                    None => break,
+                    None => break None,
                     Some(Event::Disconnect) => {
                         self.shared.counters.count_request(Some(CommandType::Disconnect));
                         return Ok(());
                     }
                     Some(Event::Refuse(_)) => self.permits(0).await,
-                    Some(Event::Do(request)) => self.permits(self.answer_bytes(&request)).await,
+                    Some(Event::Do(request)) => self.permits(self.held_bytes(&request)).await,
                 };
                 let (Some(permits), Some(event)) = (permits, event) else {
                     return Ok(());
                 };
-                ending = ending || self.shared.ending.is_cancelled();
-                self.start(event, permits, ending);
-            }
+                let mut payload = BytesMut::with_capacity(requests.payload_left());
+                if requests.take_payload(&mut rest, &mut payload) {
+                    ending = ending || self.shared.ending.is_cancelled();
+                    self.start(event, payload.freeze(), permits, ending);
+                } else {
+                    break Some((event, payload, permits));
+                }
+            };
             let consumed = input.len() - rest.len();
             input.advance(consumed);
+            if let Some((event, mut payload, permits)) = collecting {
+                // The rest of the payload goes straight to its place.
+                while requests.payload_left() > 0 {
+                    let mut place = (&mut payload).limit(requests.payload_left());
+                    let read = tokio::select! {
+                        () = self.broken.cancelled() => return Ok(()),
+                        read = reader.read_buf(&mut place) => read?,
+                    };
+                    if read == 0 {
+                        return Ok(());
+                    }
+                    requests.payload_received(read);
+                }
+                ending = ending || self.shared.ending.is_cancelled();
+                self.start(event, payload.freeze(), permits, ending);
+                continue;
+            }
             input.reserve(INPUT);
             tokio::select! {
                 () = self.shared.ending.cancelled(), if !ending => ending = true,
@@ -337,17 +358,18 @@ impl Transmission<'_> {
         }
     }
 
-    /// Bytes that the answer may need.
-    fn answer_bytes(&self, request: &Request) -> usize {
+    /// Bytes that a request and its answer may need.
+    fn held_bytes(&self, request: &Request) -> usize {
         match request.command {
+            Command::Write { length, .. } => length as usize,
             Command::Read { length, .. } => length as usize + MAX_READ_PREFIX,
             Command::BlockStatus { one: true, .. } => MEMORY_UNIT,
             // Extents as the export gives them, merged, and on the wire.
-            Command::BlockStatus { length, .. } => {
+            Command::BlockStatus { length, contexts, .. } => {
                 let most = usize::try_from(length).unwrap_or(usize::MAX).min(MAX_EXTENTS);
-                most * 4 * size_of::<BlockDescriptor>() * self.session.contexts.len()
+                most * 4 * size_of::<StatusExtent>() * contexts.len()
             }
-            Command::Flush | Command::Cache { .. } => 0,
+            Command::Flush | Command::Trim { .. } | Command::Cache { .. } | Command::WriteZeroes { .. } => 0,
         }
     }
 
@@ -384,16 +406,15 @@ impl Transmission<'_> {
     }
 
     /// Starts a request, or answers it at once where nothing has to be done.
-    fn start(&self, event: Event, permits: Permits, ending: bool) {
-        let (cookie, kind) = match &event {
-            Event::Do(request) => (request.cookie, Some(request.command.kind())),
-            Event::Refuse(refused) => (refused.cookie, refused.kind),
+    fn start(&self, event: Event, payload: Bytes, permits: Permits, ending: bool) {
+        let (ticket, kind) = match &event {
+            Event::Do(request) => (request.ticket, Some(request.command.kind())),
+            Event::Refuse(refused) => (refused.ticket, refused.kind),
             Event::Disconnect => return,
         };
         self.shared.counters.count_request(kind);
         let pending = Pending {
-            framing: self.session.framing,
-            cookie,
+            ticket,
             permits: Some(permits),
             queue: self.queue.clone(),
         };
@@ -412,8 +433,9 @@ impl Transmission<'_> {
             let Ok(_worker) = workers.acquire_owned().await else {
                 return;
             };
-            let done =
-                tokio::task::spawn_blocking(move || carry_out(export, &session, request, pending, &counters));
+            let done = tokio::task::spawn_blocking(move || {
+                carry_out(export, &session, request, payload, pending, &counters);
+            });
             if let Err(error) = done.await {
                 tracing::error!(%error, "a thread that served an nbd request failed");
             }
@@ -427,34 +449,52 @@ fn carry_out(
     export: Arc<dyn Export>,
     session: &Session,
     request: Request,
+    payload: Bytes,
     pending: Pending,
     counters: &Counters,
 ) {
-    let (framing, cookie) = (session.framing, request.cookie);
+    let ticket = request.ticket;
     let mut bytes = Vec::new();
     let outcome = match request.command {
         Command::Read { offset, length, .. } => {
             bytes.reserve_exact(length as usize + MAX_READ_PREFIX);
-            reply::read_prefix(&mut bytes, framing, cookie, offset, length);
+            reply::read_prefix(&mut bytes, ticket, offset, length);
             let prefix = bytes.len();
             bytes.resize(prefix + length as usize, 0);
             export
                 .read_at(&mut bytes[prefix..], offset)
                 .inspect(|()| add(&counters.bytes_read, length.into()))
         }
-        Command::Flush => export
-            .flush()
-            .inspect(|()| reply::done(&mut bytes, framing, cookie)),
-        Command::Cache { offset, length } => export
-            .cache(offset, length)
-            .inspect(|()| reply::done(&mut bytes, framing, cookie)),
-        Command::BlockStatus { offset, length, one } => session
+        Command::BlockStatus {
+            offset,
+            length,
+            one,
+            contexts,
+        } => session
             .contexts
             .iter()
-            .map(|context| status(&*export, context, offset, length, one))
+            .enumerate()
+            .filter(|(place, _)| contexts.contains(*place))
+            .map(|(_, context)| status(&*export, context, offset, length, one))
             .collect::<Result<Vec<_>, _>>()
-            .map(|contexts| reply::block_status(&mut bytes, cookie, &contexts)),
+            .map(|contexts| reply::block_status(&mut bytes, ticket, &contexts)),
+        Command::Write { offset, length, fua } => export
+            .write_at(payload, offset, fua)
+            .inspect(|()| add(&counters.bytes_written, length.into())),
+        Command::Trim { offset, length, fua } => export.trim(offset, length, fua),
+        Command::WriteZeroes {
+            offset,
+            length,
+            fua,
+            no_hole,
+            fast,
+        } => export.write_zeroes(offset, length, ZeroOptions { no_hole, fast, fua }),
+        Command::Cache { offset, length } => export.cache(offset, length),
+        Command::Flush => export.flush(),
     };
+    if outcome.is_ok() && bytes.is_empty() {
+        reply::done(&mut bytes, ticket);
+    }
     match outcome {
         Ok(()) => {
             drop(export);
@@ -475,11 +515,11 @@ fn status(
     offset: u64,
     length: u64,
     one: bool,
-) -> Result<(u32, Vec<BlockDescriptor>), ExportError> {
+) -> Result<(u32, Vec<StatusExtent>), ExportError> {
     let most = if one { 1 } else { MAX_EXTENTS };
     let extents = export.block_status(&context.name, offset, length, most)?;
-    let descriptors = reply::descriptors(&extents, length, one);
-    if descriptors.is_empty() {
+    let extents = reply::merged(&extents, length, one);
+    if extents.is_empty() {
         return Err(ExportError::Io {
             name: export.name().to_owned(),
             action: "find the status",
@@ -487,7 +527,7 @@ fn status(
             source: io::ErrorKind::UnexpectedEof.into(),
         });
     }
-    Ok((context.id, descriptors))
+    Ok((context.id, extents))
 }
 
 /// Writes replies until all senders are gone.

@@ -16,6 +16,7 @@ pub struct Counters {
     pub(super) handshakes_failed: AtomicU64,
     pub(super) sessions_dropped: AtomicU64,
     pub(super) bytes_read: AtomicU64,
+    pub(super) bytes_written: AtomicU64,
     pub(super) bytes_sent: AtomicU64,
     pub(super) in_flight: AtomicU64,
     requests: [AtomicU64; COMMANDS],
@@ -38,6 +39,8 @@ pub struct CountersSnapshot {
     pub sessions_dropped: u64,
     /// Bytes of exports sent in answers to reads.
     pub bytes_read: u64,
+    /// Bytes written to exports by writes.
+    pub bytes_written: u64,
     /// Bytes written to sockets in transmission, headers included.
     pub bytes_sent: u64,
     /// Gauge: requests received and not yet answered.
@@ -83,6 +86,7 @@ impl Counters {
             handshakes_failed: get(&self.handshakes_failed),
             sessions_dropped: get(&self.sessions_dropped),
             bytes_read: get(&self.bytes_read),
+            bytes_written: get(&self.bytes_written),
             bytes_sent: get(&self.bytes_sent),
             in_flight: get(&self.in_flight),
             requests: CommandType::ALL

@@ -4,7 +4,11 @@
 //! range against [`Export::size`] and [`Export::block_sizes`] before it calls; an export must still not panic on
 //! others. Name, size, block sizes and contexts never change while the export lives.
 
+use std::fs::File;
 use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
 
 use super::proto::{BlockSizes, ContextName, ErrorCode, StatusExtent};
 
@@ -30,6 +34,17 @@ pub enum ExportError {
         name: String,
         /// Why.
         reason: String,
+    },
+    /// The export takes no writes of any kind.
+    #[error("export \"{0}\" is read-only")]
+    ReadOnly(String),
+    /// Zeroes can't be written faster than other bytes here.
+    #[error("export \"{name}\": zeroes at {offset} are not faster than a write")]
+    NotFast {
+        /// The export.
+        name: String,
+        /// Where, in bytes.
+        offset: u64,
     },
     /// The export is going away.
     #[error("export \"{0}\" is being removed")]
@@ -57,13 +72,32 @@ impl ExportError {
                 _ => ErrorCode::Io,
             },
             Self::Corrupted { .. } => ErrorCode::Io,
+            Self::ReadOnly(_) => ErrorCode::NotPermitted,
+            Self::NotFast { .. } => ErrorCode::NotSupported,
             Self::Removed(_) => ErrorCode::Shutdown,
             Self::NoContext { .. } => ErrorCode::Invalid,
         }
     }
 }
 
-/// Something that is served over NBD. For now it is read; writes of every kind are refused by the server.
+/// How zeroes are to be written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ZeroOptions {
+    /// The range stays allocated (`NBD_CMD_FLAG_NO_HOLE`): later writes to it need no new space.
+    pub no_hole: bool,
+    /// Fail at once with [`ExportError::NotFast`] unless this is quicker than writing the bytes
+    /// (`NBD_CMD_FLAG_FAST_ZERO`).
+    pub fast: bool,
+    /// The zeroes are durable on return (`NBD_CMD_FLAG_FUA`).
+    pub fua: bool,
+}
+
+/// Something that is served over NBD.
+///
+/// # Durability
+/// A write, a trim or zeroes with `fua` are durable on return. A flush makes everything durable that was acknowledged
+/// before it began, whoever sent it: all connections share one export, which is why several are allowed
+/// (`NBD_FLAG_CAN_MULTI_CONN`).
 pub trait Export: Send + Sync {
     /// Name by which clients open it: a string of the protocol, not empty.
     fn name(&self) -> &str;
@@ -81,9 +115,25 @@ pub trait Export: Send + Sync {
         BlockSizes::DEFAULT
     }
 
-    /// Whether the flag `NBD_FLAG_READ_ONLY` is shown.
+    /// Whether the flag `NBD_FLAG_READ_ONLY` is shown, and every kind of write refused before it gets here.
     fn read_only(&self) -> bool {
         true
+    }
+
+    /// Whether the medium rotates (`NBD_FLAG_ROTATIONAL`).
+    fn rotational(&self) -> bool {
+        false
+    }
+
+    /// Whether several connections see one state, and a flush of one covers all (`NBD_FLAG_CAN_MULTI_CONN`).
+    fn can_multi_conn(&self) -> bool {
+        true
+    }
+
+    /// The file whose byte N is byte N of the export, if there is one: the server may then read from and write to it
+    /// by other means than the calls below, with the same outcome. It stays the same while the export lives.
+    fn file(&self) -> Option<&Arc<File>> {
+        None
     }
 
     /// Fills `buffer` with the bytes from `offset`, all of them.
@@ -91,6 +141,47 @@ pub trait Export: Send + Sync {
     /// # Errors
     /// The bytes can't be had. A part of the buffer may have been filled; nothing of it is sent.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), ExportError>;
+
+    /// Writes `data` at `offset`, all of it. The buffer is the one that was received into; an export may keep it.
+    ///
+    /// # Errors
+    /// A part of the data may have been written.
+    fn write_at(&self, _data: Bytes, _offset: u64, _fua: bool) -> Result<(), ExportError> {
+        Err(ExportError::ReadOnly(self.name().to_owned()))
+    }
+
+    /// Hints that the range is no longer needed; its content is anything from now on.
+    ///
+    /// # Errors
+    /// The storage failed. That the hint can't be followed is no error.
+    fn trim(&self, _offset: u64, _length: u64, _fua: bool) -> Result<(), ExportError> {
+        Err(ExportError::ReadOnly(self.name().to_owned()))
+    }
+
+    /// Makes the range read as zeroes.
+    ///
+    /// # Errors
+    /// A part of the range may have been zeroed, but nothing with [`ExportError::NotFast`], which only comes where
+    /// `options.fast` is set.
+    fn write_zeroes(&self, _offset: u64, _length: u64, _options: ZeroOptions) -> Result<(), ExportError> {
+        Err(ExportError::ReadOnly(self.name().to_owned()))
+    }
+
+    /// Makes acknowledged writes durable; on return they are, for every connection.
+    ///
+    /// # Errors
+    /// They are not.
+    fn flush(&self) -> Result<(), ExportError> {
+        Ok(())
+    }
+
+    /// Hints that the range will be read soon.
+    ///
+    /// # Errors
+    /// The hint can't be followed.
+    fn cache(&self, _offset: u64, _length: u64) -> Result<(), ExportError> {
+        Ok(())
+    }
 
     /// Metadata contexts that [`Export::block_status`] answers for.
     fn contexts(&self) -> Vec<ContextName> {
@@ -109,20 +200,4 @@ pub trait Export: Send + Sync {
         length: u64,
         most: usize,
     ) -> Result<Vec<StatusExtent>, ExportError>;
-
-    /// Makes acknowledged writes durable; on return they are, for every connection.
-    ///
-    /// # Errors
-    /// They are not.
-    fn flush(&self) -> Result<(), ExportError> {
-        Ok(())
-    }
-
-    /// Hints that the range will be read soon.
-    ///
-    /// # Errors
-    /// The hint can't be followed.
-    fn cache(&self, _offset: u64, _length: u64) -> Result<(), ExportError> {
-        Ok(())
-    }
 }

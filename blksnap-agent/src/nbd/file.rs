@@ -1,28 +1,42 @@
-//! File: an export over a raw image file.
+//! File: an export over a raw image file or a block device.
 //!
-//! The file is read at offsets; nobody's file position matters, though it is moved by asking for holes. It must not
-//! change while it is exported. A file that is shorter than the image is an error of that image, never zeroes.
+//! The file is read at offsets; nobody's file position matters, though it is moved by asking for holes. A file that is
+//! shorter than the image is an error of that image, never zeroes. A read-only export's file must not change while
+//! it is exported; a writable one ([`FileExport::writable`]) is changed through the export.
 //!
+//! # Writes
+//! A write is a pwrite(2), made durable by fdatasync(2) where FUA asks for it; a flush is fdatasync(2). All clients
+//! share the page cache and the file, so a flush on one connection covers the writes of all.
+//!
+//! Zeroes and trims use fallocate(2): a hole where the client allows one, else zeroes that stay allocated. Where
+//! neither is offered (file system, block device, alignment) zeroes are written, unless the client asked for speed;
+//! a trim is then left alone.
+//!
+//! # Contexts
 //! `base:allocation` comes from `SEEK_DATA` and `SEEK_HOLE` (lseek(2)): a hole is not allocated and reads as zeroes.
-//! A file system without them reports one extent of data, which is always right. `qemu:dirty-bitmap:last` is served
-//! when the extents that changed are given.
+//! A file system without them, and a block device, reports one extent of data, which is always right.
+//! `qemu:dirty-bitmap:last` is served when the extents that changed are given.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use nix::errno::Errno;
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::unistd::{Whence, lseek};
 
-use super::export::{Export, ExportError};
+use super::export::{Export, ExportError, ZeroOptions};
 use super::proto::context::{BASE_ALLOCATION, DIRTY_BITMAP_LAST};
 use super::proto::wire::{AllocationState, BitmapState};
 use super::proto::{BlockSizes, ContextName, StatusExtent};
 use crate::units::Extent;
 
-/// A raw image file, read-only.
+/// Zeroes written at once where nothing faster is offered.
+static ZEROES: [u8; 1 << 20] = [0; 1 << 20];
+
+/// A raw image file or a block device.
 #[derive(Debug)]
 pub struct FileExport {
     name: String,
@@ -30,11 +44,13 @@ pub struct FileExport {
     file: Arc<File>,
     size: u64,
     block_sizes: BlockSizes,
+    writable: bool,
+    rotational: bool,
     dirty: Option<Arc<[Extent]>>,
 }
 
 impl FileExport {
-    /// Exports the first `size` bytes of `file` as `name`.
+    /// Exports the first `size` bytes of `file` as `name`, read-only.
     #[must_use]
     pub fn new(name: impl Into<String>, file: Arc<File>, size: u64) -> Self {
         Self {
@@ -43,6 +59,8 @@ impl FileExport {
             file,
             size,
             block_sizes: BlockSizes::DEFAULT,
+            writable: false,
+            rotational: false,
             dirty: None,
         }
     }
@@ -58,6 +76,20 @@ impl FileExport {
     #[must_use]
     pub const fn with_block_sizes(mut self, sizes: BlockSizes) -> Self {
         self.block_sizes = sizes;
+        self
+    }
+
+    /// With writes of every kind. The file must be open for reading and writing.
+    #[must_use]
+    pub const fn writable(mut self) -> Self {
+        self.writable = true;
+        self
+    }
+
+    /// With the hint that the medium rotates.
+    #[must_use]
+    pub const fn with_rotational(mut self, rotational: bool) -> Self {
+        self.rotational = rotational;
         self
     }
 
@@ -87,6 +119,65 @@ impl FileExport {
             Err(Errno::ENXIO) => Ok(None),
             Err(errno) => Err(errno),
         }
+    }
+
+    /// Refuses what would change a read-only export; the server does so too.
+    fn check_writable(&self) -> Result<(), ExportError> {
+        if self.writable {
+            Ok(())
+        } else {
+            Err(ExportError::ReadOnly(self.name.clone()))
+        }
+    }
+
+    /// Makes what was written durable if `fua` is set.
+    fn persist(&self, fua: bool, offset: u64) -> Result<(), ExportError> {
+        if fua {
+            self.file
+                .sync_data()
+                .map_err(|source| self.failed("make durable", offset, source))?;
+        }
+        Ok(())
+    }
+
+    /// fallocate(2) that keeps the file's size; false if it is not offered here.
+    fn allocate(&self, offset: u64, length: u64, flags: FallocateFlags) -> Result<bool, Errno> {
+        let (Ok(offset), Ok(length)) = (i64::try_from(offset), i64::try_from(length)) else {
+            return Err(Errno::EFBIG);
+        };
+        let flags = flags | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        loop {
+            return match fallocate(&*self.file, flags, offset, length) {
+                Ok(()) => Ok(true),
+                Err(Errno::EINTR) => continue,
+                // A block device takes whole blocks only, which it says with EINVAL.
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => Ok(false),
+                Err(errno) => Err(errno),
+            };
+        }
+    }
+
+    /// Zeroes by what the file system or device offers; false if it offers nothing.
+    fn zero_by_allocation(&self, offset: u64, length: u64, options: ZeroOptions) -> Result<bool, Errno> {
+        if !options.no_hole && self.allocate(offset, length, FallocateFlags::FALLOC_FL_PUNCH_HOLE)? {
+            return Ok(true);
+        }
+        // The kernel may write zeroes to a block device one by one here.
+        let slow = options.fast && !self.file.metadata().is_ok_and(|metadata| metadata.is_file());
+        Ok(!slow && self.allocate(offset, length, FallocateFlags::FALLOC_FL_ZERO_RANGE)?)
+    }
+
+    /// Writes zeroes as bytes.
+    fn zero_by_writing(&self, offset: u64, length: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < length {
+            let piece = usize::try_from(length - done)
+                .unwrap_or(usize::MAX)
+                .min(ZEROES.len());
+            self.file.write_all_at(&ZEROES[..piece], offset + done)?;
+            done += piece as u64;
+        }
+        Ok(())
     }
 
     fn allocation(&self, offset: u64, end: u64, most: usize) -> io::Result<Vec<StatusExtent>> {
@@ -210,9 +301,57 @@ impl Export for FileExport {
         }
     }
 
+    fn read_only(&self) -> bool {
+        !self.writable
+    }
+
+    fn rotational(&self) -> bool {
+        self.rotational
+    }
+
+    fn file(&self) -> Option<&Arc<File>> {
+        Some(&self.file)
+    }
+
+    fn write_at(&self, data: Bytes, offset: u64, fua: bool) -> Result<(), ExportError> {
+        self.check_writable()?;
+        self.file
+            .write_all_at(&data, offset)
+            .map_err(|source| self.failed("write", offset, source))?;
+        self.persist(fua, offset)
+    }
+
+    fn trim(&self, offset: u64, length: u64, fua: bool) -> Result<(), ExportError> {
+        self.check_writable()?;
+        if length > 0 {
+            self.allocate(offset, length, FallocateFlags::FALLOC_FL_PUNCH_HOLE)
+                .map_err(|errno| self.failed("discard", offset, errno.into()))?;
+        }
+        self.persist(fua, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, options: ZeroOptions) -> Result<(), ExportError> {
+        self.check_writable()?;
+        let failed = |source| self.failed("write zeroes", offset, source);
+        let zeroed = length == 0
+            || self
+                .zero_by_allocation(offset, length, options)
+                .map_err(|errno| failed(errno.into()))?;
+        if !zeroed && options.fast {
+            return Err(ExportError::NotFast {
+                name: self.name.clone(),
+                offset,
+            });
+        }
+        if !zeroed {
+            self.zero_by_writing(offset, length).map_err(failed)?;
+        }
+        self.persist(options.fua, offset)
+    }
+
     fn flush(&self) -> Result<(), ExportError> {
-        // Nothing is ever written through the export, so there is nothing to make durable.
-        Ok(())
+        // Nothing is written through a read-only export, so there is nothing to make durable.
+        self.persist(self.writable, 0)
     }
 
     fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {
@@ -230,162 +369,4 @@ impl Export for FileExport {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::super::proto::ErrorCode;
-    use super::*;
-
-    const CLEAN: u32 = 0;
-    const DIRTY: u32 = 1;
-
-    fn status(extents: &[(u64, u32)]) -> Vec<StatusExtent> {
-        extents
-            .iter()
-            .map(|&(length, flags)| StatusExtent { length, flags })
-            .collect()
-    }
-
-    #[test]
-    fn dirty_extents_become_a_gapless_list() {
-        let dirty = [
-            Extent {
-                offset: 10,
-                length: 10,
-            },
-            Extent {
-                offset: 30,
-                length: 5,
-            },
-        ];
-        assert_eq!(
-            dirty_status(&dirty, 0, 40, 9),
-            status(&[(10, CLEAN), (10, DIRTY), (10, CLEAN), (5, DIRTY), (5, CLEAN)])
-        );
-        assert_eq!(
-            dirty_status(&dirty, 15, 33, 9),
-            status(&[(5, DIRTY), (10, CLEAN), (3, DIRTY)])
-        );
-        assert_eq!(dirty_status(&dirty, 35, 40, 9), status(&[(5, CLEAN)]));
-        assert_eq!(
-            dirty_status(&dirty, 0, 40, 2),
-            status(&[(10, CLEAN), (10, DIRTY)])
-        );
-        assert_eq!(dirty_status(&dirty, 0, 40, 1), status(&[(10, CLEAN)]));
-        assert_eq!(dirty_status(&[], 0, 40, 9), status(&[(40, CLEAN)]));
-    }
-
-    proptest! {
-        /// Oracle: a byte for each position.
-        #[test]
-        fn dirty_status_tells_each_byte_rightly(
-            bytes in prop::collection::vec(any::<bool>(), 1..200),
-            from in 0_usize..200,
-            length in 1_usize..200,
-        ) {
-            let mut dirty: Vec<Extent> = Vec::new();
-            for (offset, _) in bytes.iter().enumerate().filter(|(_, byte)| **byte) {
-                let offset = offset as u64;
-                match dirty.last_mut() {
-                    Some(last) if last.end() == offset => last.length += 1,
-                    _ => dirty.push(Extent { offset, length: 1 }),
-                }
-            }
-            let from = from % bytes.len();
-            let end = (from + length).min(bytes.len());
-            let told: Vec<bool> = dirty_status(&dirty, from as u64, end as u64, usize::MAX)
-                .iter()
-                .flat_map(|extent| (0..extent.length).map(|_| extent.flags == DIRTY))
-                .collect();
-            prop_assert_eq!(told, bytes[from..end].to_vec());
-        }
-    }
-
-    fn sparse(size: u64, data: &[(u64, u64)]) -> Arc<File> {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(size).unwrap();
-        for &(offset, length) in data {
-            file.write_all_at(&vec![7; usize::try_from(length).unwrap()], offset)
-                .unwrap();
-        }
-        Arc::new(file)
-    }
-
-    #[test]
-    fn holes_are_told_by_the_file_system() {
-        let block = 64 << 10;
-        let file = sparse(10 * block, &[(2 * block, block), (5 * block, 2 * block)]);
-        let export = FileExport::new("image", file, 10 * block);
-        let allocation = ContextName::base_allocation();
-        let all = export
-            .block_status(&allocation, 0, 10 * block, usize::MAX)
-            .unwrap();
-        assert_eq!(
-            all,
-            status(&[
-                (2 * block, 3),
-                (block, 0),
-                (2 * block, 3),
-                (2 * block, 0),
-                (3 * block, 3)
-            ])
-        );
-        let inside = export
-            .block_status(&allocation, 5 * block + 512, block, usize::MAX)
-            .unwrap();
-        assert_eq!(inside, status(&[(block, 0)]));
-        let one = export.block_status(&allocation, 0, 10 * block, 1).unwrap();
-        assert_eq!(one, status(&[(2 * block, 3)]));
-    }
-
-    #[test]
-    fn a_short_file_is_an_error_not_zeroes() {
-        let export = FileExport::new("image", sparse(4096, &[]), 8192);
-        let mut buffer = [1; 4096];
-        export.read_at(&mut buffer, 0).unwrap();
-        assert_eq!(buffer, [0; 4096]);
-        let error = export.read_at(&mut buffer, 2048).unwrap_err();
-        assert_eq!(error.code(), ErrorCode::Io);
-        assert_eq!(error.to_string(), "export \"image\": read at 2048");
-        let allocation = ContextName::base_allocation();
-        let error = export.block_status(&allocation, 0, 8192, 9).unwrap_err();
-        assert_eq!(error.code(), ErrorCode::Io, "missing bytes are no hole");
-        assert!(export.block_status(&allocation, 0, 4096, 9).is_ok());
-    }
-
-    #[test]
-    fn only_known_contexts_are_answered() {
-        let export = FileExport::new("image", sparse(4096, &[]), 4096);
-        assert_eq!(export.contexts(), [ContextName::base_allocation()]);
-        let last = ContextName::dirty_bitmap_last();
-        let error = export.block_status(&last, 0, 4096, 1).unwrap_err();
-        assert_eq!(error.code(), ErrorCode::Invalid);
-        let export = export.with_dirty(Vec::new());
-        assert_eq!(export.contexts().len(), 2);
-        assert_eq!(
-            export.block_status(&last, 0, 4096, 1).unwrap(),
-            status(&[(4096, CLEAN)])
-        );
-    }
-
-    #[test]
-    fn errors_map_to_those_of_the_protocol() {
-        let export = FileExport::new("image", sparse(0, &[]), 0);
-        for (errno, code) in [
-            (Errno::EIO, ErrorCode::Io),
-            (Errno::EINVAL, ErrorCode::Io),
-            (Errno::EROFS, ErrorCode::NotPermitted),
-            (Errno::EDQUOT, ErrorCode::NoSpace),
-            (Errno::EFBIG, ErrorCode::NoSpace),
-            (Errno::ENOMEM, ErrorCode::NoMemory),
-        ] {
-            assert_eq!(export.failed("read", 0, errno.into()).code(), code, "{errno}");
-        }
-        assert_eq!(ExportError::Removed("a".into()).code(), ErrorCode::Shutdown);
-        let corrupted = ExportError::Corrupted {
-            name: "a".into(),
-            reason: "no space".into(),
-        };
-        assert_eq!(corrupted.code(), ErrorCode::Io);
-    }
-}
+mod tests;

@@ -172,6 +172,8 @@ impl Catalog for Exports {
             size: export.size(),
             block_sizes: export.block_sizes(),
             read_only: export.read_only(),
+            rotational: export.rotational(),
+            multi_conn: export.can_multi_conn(),
             contexts: export.contexts(),
         };
         Some(Found { facts, export: entry })

@@ -92,6 +92,10 @@ pub struct ExportFacts {
     pub block_sizes: BlockSizes,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Whether the medium rotates.
+    pub rotational: bool,
+    /// Whether several connections see one state.
+    pub multi_conn: bool,
     /// Metadata contexts that can be selected.
     pub contexts: Vec<ContextName>,
 }

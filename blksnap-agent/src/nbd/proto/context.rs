@@ -5,7 +5,7 @@
 //! this one. A query is the name itself, or, in `NBD_OPT_LIST_META_CONTEXT` only, a prefix of it that ends in a
 //! colon: `base:`, `qemu:`, `qemu:dirty-bitmap:`. Anything else selects nothing, which is no error.
 
-use super::limits::MAX_STRING;
+use super::limits::{MAX_CONTEXTS, MAX_STRING};
 
 /// Which parts are holes or read as zeroes.
 #[doc(alias = "NBD_META_ID_BASE_ALLOCATION")]
@@ -85,6 +85,52 @@ pub struct SelectedContext {
     pub id: u32,
     /// Its name.
     pub name: ContextName,
+}
+
+/// Some of a session's contexts, by their place in [`super::Session::contexts`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ContextSet(u32);
+
+const _: () = assert!(MAX_CONTEXTS < 32, "a set has a bit for each context");
+
+impl ContextSet {
+    /// None.
+    pub const EMPTY: Self = Self(0);
+
+    /// The first `count` ones, at most [`MAX_CONTEXTS`].
+    #[must_use]
+    pub const fn first(count: usize) -> Self {
+        let count = if count < MAX_CONTEXTS { count } else { MAX_CONTEXTS };
+        Self((1 << count) - 1)
+    }
+
+    /// Adds a place below [`MAX_CONTEXTS`]; false if it was there.
+    pub fn insert(&mut self, place: usize) -> bool {
+        let bit = 1_u32
+            .checked_shl(u32::try_from(place).unwrap_or(u32::MAX))
+            .unwrap_or(0);
+        let fresh = self.0 & bit == 0;
+        self.0 |= bit;
+        fresh
+    }
+
+    /// Whether the place is in the set.
+    #[must_use]
+    pub const fn contains(self, place: usize) -> bool {
+        place < MAX_CONTEXTS && self.0 & (1 << place) != 0
+    }
+
+    /// Number of contexts.
+    #[must_use]
+    pub const fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
 }
 
 #[cfg(test)]

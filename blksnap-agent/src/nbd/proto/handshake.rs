@@ -78,8 +78,8 @@ enum Answer {
     Abort,
     /// List the exports.
     List,
-    /// Turn structured replies on.
-    Structured,
+    /// Use this form of requests and replies.
+    Framing(OptionType, Framing),
     /// Refuse.
     Refuse(Refusal),
 }
@@ -113,7 +113,7 @@ pub struct Handshake {
     buffer: Vec<u8>,
     fixed: bool,
     no_zeroes: bool,
-    structured: bool,
+    framing: Framing,
     selection: Option<Selection>,
     options: u32,
     ending: bool,
@@ -135,7 +135,7 @@ impl Handshake {
             buffer: Vec::new(),
             fixed: false,
             no_zeroes: false,
-            structured: false,
+            framing: Framing::Simple,
             selection: None,
             options: 0,
             ending: false,
@@ -243,7 +243,10 @@ impl Handshake {
             return Err(HandshakeError::NotFixed(number));
         }
         let answer = match option {
-            Some(OptionType::ExportName) if self.ending || length as usize > MAX_STRING => {
+            // Extended headers need `NBD_OPT_GO`.
+            Some(OptionType::ExportName)
+                if self.ending || length as usize > MAX_STRING || self.framing == Framing::Extended =>
+            {
                 return Err(HandshakeError::ExportName);
             }
             Some(OptionType::Abort) => Answer::Abort,
@@ -268,17 +271,24 @@ impl Handshake {
                 }
                 Answer::Refuse(Refusal::too_big("this option's data is too long"))
             }
-            Some(OptionType::List | OptionType::StructuredReply | OptionType::StartTls) if length > 0 => {
-                Answer::Refuse(Refusal::invalid("this option carries no data"))
-            }
+            Some(
+                OptionType::List
+                | OptionType::StructuredReply
+                | OptionType::ExtendedHeaders
+                | OptionType::StartTls,
+            ) if length > 0 => Answer::Refuse(Refusal::invalid("this option carries no data")),
             Some(OptionType::List) => Answer::List,
-            Some(OptionType::StructuredReply) => Answer::Structured,
+            Some(OptionType::StructuredReply) if self.framing == Framing::Extended => {
+                Answer::Refuse(Refusal {
+                    reply: OptionReplyType::ErrExtendedHeadersRequired,
+                    message: "extended headers were negotiated, which include structured replies",
+                })
+            }
+            Some(option @ OptionType::StructuredReply) => Answer::Framing(option, Framing::Structured),
+            Some(option @ OptionType::ExtendedHeaders) => Answer::Framing(option, Framing::Extended),
             Some(OptionType::StartTls) => {
                 Answer::Refuse(Refusal::unsupported("this server does not offer TLS"))
             }
-            Some(OptionType::ExtendedHeaders) => Answer::Refuse(Refusal::unsupported(
-                "this server does not offer extended headers",
-            )),
             None => Answer::Refuse(Refusal::unsupported("this option is unknown")),
         };
         Ok(State::Skip {
@@ -311,9 +321,9 @@ impl Handshake {
                 }
                 write_ack(out, OptionType::List);
             }
-            Answer::Structured => {
-                self.structured = true;
-                write_ack(out, OptionType::StructuredReply);
+            Answer::Framing(option, framing) => {
+                self.framing = framing;
+                write_ack(out, option);
             }
             Answer::Refuse(refusal) => write_refusal(out, number, refusal),
         }
@@ -351,12 +361,23 @@ impl Handshake {
 
     /// Transmission flags that this client gets for an export.
     fn flags(&self, facts: &ExportFacts) -> TransmissionFlags {
-        let mut flags = TransmissionFlags::HAS_FLAGS
-            | TransmissionFlags::SEND_FLUSH
-            | TransmissionFlags::CAN_MULTI_CONN
-            | TransmissionFlags::SEND_CACHE;
-        flags.set(TransmissionFlags::READ_ONLY, facts.read_only);
-        flags.set(TransmissionFlags::SEND_DF, self.structured);
+        let mut flags =
+            TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FLUSH | TransmissionFlags::SEND_CACHE;
+        flags.set(TransmissionFlags::ROTATIONAL, facts.rotational);
+        flags.set(TransmissionFlags::CAN_MULTI_CONN, facts.multi_conn);
+        flags.set(TransmissionFlags::SEND_DF, self.framing.has_chunks());
+        flags.set(
+            TransmissionFlags::BLOCK_STATUS_PAYLOAD,
+            self.framing == Framing::Extended && !self.selected(facts).is_empty(),
+        );
+        if facts.read_only {
+            flags |= TransmissionFlags::READ_ONLY;
+        } else {
+            flags |= TransmissionFlags::SEND_FUA
+                | TransmissionFlags::SEND_TRIM
+                | TransmissionFlags::SEND_WRITE_ZEROES
+                | TransmissionFlags::SEND_FAST_ZERO;
+        }
         flags
     }
 
@@ -414,7 +435,7 @@ impl Handshake {
         data: &'a [u8],
         catalog: &C,
     ) -> Result<(ContextRequest<'a>, ExportFacts), Refusal> {
-        if !self.structured {
+        if !self.framing.has_chunks() {
             return Err(Refusal::invalid(
                 "metadata contexts need structured replies: negotiate them first",
             ));
@@ -464,15 +485,11 @@ impl Handshake {
         Ok(())
     }
 
-    /// Ends the handshake with this export.
-    fn enter<E>(&mut self, found: Found<E>) -> Step<E> {
-        self.state = State::Over;
-        let facts = found.facts;
-        // Contexts count only for the export they were selected on, and only if it still has all of them (another
-        // export may have taken the name meanwhile).
-        let contexts = self
-            .selection
-            .take()
+    /// Contexts that were selected for this export: they count only for the export they were selected on, and only if
+    /// it still has all of them (another export may have taken the name meanwhile).
+    fn selected(&self, facts: &ExportFacts) -> &[SelectedContext] {
+        self.selection
+            .as_ref()
             .filter(|selection| {
                 selection.export == facts.name
                     && selection
@@ -480,23 +497,25 @@ impl Handshake {
                         .iter()
                         .all(|context| facts.contexts.contains(&context.name))
             })
-            .map(|selection| selection.contexts)
-            .unwrap_or_default();
-        let framing = if self.structured {
-            Framing::Structured
-        } else {
-            Framing::Simple
+            .map(|selection| selection.contexts.as_slice())
+            .unwrap_or_default()
+    }
+
+    /// Ends the handshake with this export.
+    fn enter<E>(&mut self, found: Found<E>) -> Step<E> {
+        self.state = State::Over;
+        let facts = found.facts;
+        let session = Session {
+            framing: self.framing,
+            size: facts.size,
+            block_sizes: facts.block_sizes,
+            flags: self.flags(&facts),
+            contexts: self.selected(&facts).to_vec(),
         };
         Step::Enter(Box::new(Established {
             export: found.export,
             name: facts.name,
-            session: Session {
-                framing,
-                size: facts.size,
-                block_sizes: facts.block_sizes,
-                read_only: facts.read_only,
-                contexts,
-            },
+            session,
         }))
     }
 }

@@ -30,8 +30,8 @@ pub mod wire;
 mod tests;
 
 pub use catalog::{BlockSizeError, BlockSizes, Catalog, ExportFacts, Found, Listed};
-pub use context::{ContextName, SelectedContext};
+pub use context::{ContextName, ContextSet, SelectedContext};
 pub use handshake::{Established, Handshake, HandshakeError, Step};
-pub use reply::StatusExtent;
+pub use reply::{StatusExtent, Ticket};
 pub use transmission::{Command, Event, Framing, Request, Requests, Session, TransmissionError};
 pub use wire::ErrorCode;

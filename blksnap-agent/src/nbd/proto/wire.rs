@@ -27,6 +27,12 @@ pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Magic of a structured reply chunk ("Structured reply chunk message").
 #[doc(alias = "NBD_STRUCTURED_REPLY_MAGIC")]
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// Magic of an extended request ("Request message", branch `extension-ext-header`).
+#[doc(alias = "NBD_EXTENDED_REQUEST_MAGIC")]
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// Magic of an extended reply chunk ("Extended reply chunk message", branch `extension-ext-header`).
+#[doc(alias = "NBD_EXTENDED_REPLY_MAGIC")]
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 bitflags! {
     /// Server's flags in the greeting ("Handshake flags").
@@ -462,6 +468,24 @@ pub struct RequestHeader {
     pub length: U32,
 }
 
+/// Header of an extended request ("Request message", branch `extension-ext-header`).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct ExtendedRequestHeader {
+    /// [`EXTENDED_REQUEST_MAGIC`].
+    pub magic: U32,
+    /// [`CommandFlags`].
+    pub flags: U16,
+    /// [`CommandType`].
+    pub command: U16,
+    /// Returned in the reply, opaque.
+    pub cookie: U64,
+    /// First byte; returned in the reply.
+    pub offset: U64,
+    /// Length in bytes: of the payload with [`CommandFlags::PAYLOAD_LEN`], else of the range.
+    pub length: U64,
+}
+
 /// Simple reply; data of a read follows ("Simple reply message").
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -488,6 +512,24 @@ pub struct ChunkHeader {
     pub cookie: U64,
     /// Bytes of payload that follow.
     pub length: U32,
+}
+
+/// Header of an extended reply chunk ("Extended reply chunk message", branch `extension-ext-header`).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct ExtendedChunkHeader {
+    /// [`EXTENDED_REPLY_MAGIC`].
+    pub magic: U32,
+    /// [`ReplyFlags`].
+    pub flags: U16,
+    /// [`ChunkType`].
+    pub kind: U16,
+    /// The request's.
+    pub cookie: U64,
+    /// The request's.
+    pub offset: U64,
+    /// Bytes of payload that follow.
+    pub length: U64,
 }
 
 /// Start of the payload of `NBD_REPLY_TYPE_OFFSET_DATA`; the data follows.
@@ -526,6 +568,26 @@ pub struct BlockDescriptor {
     pub status: U32,
 }
 
+/// Start of the payload of `NBD_REPLY_TYPE_BLOCK_STATUS_EXT`; [`ExtendedBlockDescriptor`]s follow.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct ExtendedBlockStatusHead {
+    /// Identifier given when the context was selected.
+    pub context: U32,
+    /// Number of descriptors, not 0.
+    pub count: U32,
+}
+
+/// One extent of `NBD_REPLY_TYPE_BLOCK_STATUS_EXT`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct ExtendedBlockDescriptor {
+    /// Length in bytes, not 0.
+    pub length: U64,
+    /// Flags whose meaning is the context's.
+    pub status: U64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -543,6 +605,10 @@ mod tests {
         assert_eq!(size_of::<ChunkHeader>(), 20);
         assert_eq!(size_of::<ErrorChunk>(), 6);
         assert_eq!(size_of::<BlockDescriptor>(), 8);
+        assert_eq!(size_of::<ExtendedRequestHeader>(), 32);
+        assert_eq!(size_of::<ExtendedChunkHeader>(), 32);
+        assert_eq!(size_of::<ExtendedBlockStatusHead>(), 8);
+        assert_eq!(size_of::<ExtendedBlockDescriptor>(), 16);
     }
 
     #[test]

@@ -194,8 +194,72 @@ fn tls_is_unsupported() {
 }
 
 #[test]
-fn extended_headers_are_unsupported() {
-    assert_eq!(refusal(option(11, b"")), OptionReplyType::ErrUnsupported);
+fn extended_headers_are_negotiated_and_take_precedence() {
+    let select = option(10, &contexts("disk", &[ALLOCATION]));
+    let go = option(7, &info("disk", &[]));
+    let (replies, outcome) = talk(&[option(11, b""), option(8, b""), select, go.clone()]);
+    assert_eq!(replies[0], (11, OptionReplyType::Ack, vec![]));
+    assert_eq!(
+        replies[1].1,
+        OptionReplyType::ErrExtendedHeadersRequired,
+        "no way back to structured replies"
+    );
+    let Outcome::Entered(established) = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!(established.session.framing, Framing::Extended);
+    assert!(
+        established
+            .session
+            .flags
+            .contains(TransmissionFlags::SEND_DF | TransmissionFlags::BLOCK_STATUS_PAYLOAD)
+    );
+    assert_eq!(refusal(option(11, b"x")), OptionReplyType::ErrInvalid);
+
+    let (_, outcome) = talk(&[option(8, b""), option(11, b""), go]);
+    let Outcome::Entered(established) = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!(
+        established.session.framing,
+        Framing::Extended,
+        "after structured replies, too"
+    );
+    assert!(
+        !established
+            .session
+            .flags
+            .contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD),
+        "there is no context to choose"
+    );
+}
+
+#[test]
+fn export_name_after_extended_headers_ends_the_session() {
+    let (_, outcome) = talk(&[option(11, b""), option(1, b"disk")]);
+    assert!(matches!(outcome, Outcome::Error(HandshakeError::ExportName)));
+}
+
+#[test]
+fn a_writable_export_shows_what_it_takes() {
+    let (replies, outcome) = talk(&[option(7, &info("scratch", &[]))]);
+    let told = u16::from_be_bytes(replies[0].2[10..12].try_into().unwrap());
+    let flags = TransmissionFlags::from_bits_retain(told);
+    assert_eq!(
+        flags,
+        TransmissionFlags::HAS_FLAGS
+            | TransmissionFlags::SEND_FLUSH
+            | TransmissionFlags::SEND_FUA
+            | TransmissionFlags::ROTATIONAL
+            | TransmissionFlags::SEND_TRIM
+            | TransmissionFlags::SEND_WRITE_ZEROES
+            | TransmissionFlags::SEND_CACHE
+            | TransmissionFlags::SEND_FAST_ZERO
+    );
+    let Outcome::Entered(established) = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!(established.session.flags, flags, "what was shown is what counts");
 }
 
 #[test]
@@ -274,7 +338,7 @@ fn go_enters_transmission_without_zeroes() {
             ("handle of disk", "disk")
         );
         assert_eq!(established.session.size, SIZE);
-        assert!(established.session.read_only);
+        assert!(established.session.flags.contains(TransmissionFlags::READ_ONLY));
         assert_eq!(left, b"rest");
         assert_eq!(
             kinds(&replies(&out[18..])),

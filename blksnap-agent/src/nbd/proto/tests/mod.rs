@@ -2,6 +2,7 @@
 
 mod handshake;
 mod properties;
+mod reply;
 mod transmission;
 
 use super::catalog::{BlockSizes, Catalog, ExportFacts, Found, Listed};
@@ -11,7 +12,8 @@ use super::handshake::{Established, Handshake, HandshakeError, Step};
 /// Size of the test export in bytes.
 const SIZE: u64 = 1 << 20;
 
-/// A catalog of one export, `disk`, which is also the default one, and one that is listed without a description.
+/// A catalog of one export, `disk`, which is also the default one, one that is listed without a description, and one,
+/// `scratch`, that is not listed, takes writes, rotates and is for one connection.
 struct Shelf;
 
 impl Catalog for Shelf {
@@ -38,6 +40,7 @@ impl Catalog for Shelf {
                 "handle of other",
                 BlockSizes::new(512, 4096, 1 << 20).ok()?,
             ),
+            "scratch" => ("scratch", "handle of scratch", BlockSizes::DEFAULT),
             _ => return None,
         };
         Some(Found {
@@ -50,7 +53,9 @@ impl Catalog for Shelf {
                 },
                 size: SIZE,
                 block_sizes,
-                read_only: true,
+                read_only: name != "scratch",
+                rotational: name == "scratch",
+                multi_conn: name != "scratch",
                 contexts: vec![ContextName::base_allocation(), ContextName::dirty_bitmap_last()],
             },
             export,

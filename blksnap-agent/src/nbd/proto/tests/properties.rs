@@ -188,7 +188,11 @@ proptest! {
                 use super::super::transmission::Command;
                 let (offset, length) = match request.command {
                     Command::Read { offset, length, .. } => (offset, u64::from(length)),
-                    Command::Cache { offset, length } | Command::BlockStatus { offset, length, .. } => (offset, length),
+                    Command::Write { offset, length, .. } => (offset, u64::from(length)),
+                    Command::Cache { offset, length }
+                    | Command::Trim { offset, length, .. }
+                    | Command::WriteZeroes { offset, length, .. }
+                    | Command::BlockStatus { offset, length, .. } => (offset, length),
                     Command::Flush => (0, 0),
                 };
                 prop_assert!(offset.checked_add(length).is_some_and(|end| end <= SIZE));
@@ -198,7 +202,7 @@ proptest! {
 
     /// Oracle: the flags of each byte.
     #[test]
-    fn descriptors_tell_each_byte_rightly(
+    fn merged_extents_tell_each_byte_rightly(
         list in prop::collection::vec((0_u64..20, 0_u32..3), 0..20),
         length in 1_u64..150,
         one in any::<bool>(),
@@ -207,17 +211,17 @@ proptest! {
             list.iter().map(|&(length, flags)| StatusExtent { length, flags }).collect();
         let bytes: Vec<u32> =
             list.iter().flat_map(|&(length, flags)| (0..length).map(move |_| flags)).collect();
-        let descriptors = reply::descriptors(&extents, length, one);
-        let told: Vec<u32> = descriptors
+        let merged = reply::merged(&extents, length, one);
+        let told: Vec<u32> = merged
             .iter()
-            .flat_map(|one| std::iter::repeat_n(one.status.get(), one.length.get() as usize))
+            .flat_map(|one| std::iter::repeat_n(one.flags, one.length as usize))
             .collect();
         prop_assert!(told.len() as u64 <= length);
         prop_assert!(bytes.starts_with(&told));
-        prop_assert!(descriptors.iter().all(|one| one.length.get() > 0));
-        prop_assert!(descriptors.windows(2).all(|pair| pair[0].status != pair[1].status));
+        prop_assert!(merged.iter().all(|one| one.length > 0));
+        prop_assert!(merged.windows(2).all(|pair| pair[0].flags != pair[1].flags));
         if one {
-            prop_assert!(descriptors.len() <= 1);
+            prop_assert!(merged.len() <= 1);
         } else {
             prop_assert_eq!(told.len() as u64, length.min(bytes.len() as u64));
         }

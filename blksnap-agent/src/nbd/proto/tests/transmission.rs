@@ -1,19 +1,50 @@
 //! Transmission: a test for each command, each error and each form of reply.
 
 use super::super::catalog::BlockSizes;
-use super::super::context::{ContextName, SelectedContext};
-use super::super::limits::{MAX_EXTENTS, MAX_PAYLOAD, MAX_STRING};
-use super::super::reply::{self, StatusExtent};
+use super::super::context::{ContextName, ContextSet, SelectedContext};
+use super::super::limits::MAX_PAYLOAD;
 use super::super::transmission::{Command, Event, Framing, Request, Requests, Session, TransmissionError};
-use super::super::wire::{CommandType, ErrorCode};
+use super::super::wire::{CommandType, ErrorCode, TransmissionFlags};
 use super::SIZE;
 
-const COOKIE: u64 = 0x1122_3344_5566_7788;
+pub(super) const COOKIE: u64 = 0x1122_3344_5566_7788;
 const FUA: u16 = 1;
 const NO_HOLE: u16 = 2;
 const DF: u16 = 4;
 const REQ_ONE: u16 = 8;
 const FAST_ZERO: u16 = 16;
+const PAYLOAD_LEN: u16 = 32;
+/// What payloads of these tests consist of.
+const PAYLOAD: u8 = 0xaa;
+
+/// Flags that the handshake shows.
+pub(super) fn shown(framing: Framing, read_only: bool) -> TransmissionFlags {
+    let mut flags = TransmissionFlags::HAS_FLAGS
+        | TransmissionFlags::SEND_FLUSH
+        | TransmissionFlags::SEND_CACHE
+        | TransmissionFlags::CAN_MULTI_CONN;
+    flags.set(TransmissionFlags::READ_ONLY, read_only);
+    flags.set(TransmissionFlags::SEND_DF, framing.has_chunks());
+    flags.set(
+        TransmissionFlags::BLOCK_STATUS_PAYLOAD,
+        framing == Framing::Extended,
+    );
+    if !read_only {
+        flags |= TransmissionFlags::SEND_FUA
+            | TransmissionFlags::SEND_TRIM
+            | TransmissionFlags::SEND_WRITE_ZEROES
+            | TransmissionFlags::SEND_FAST_ZERO;
+    }
+    flags
+}
+
+/// The session of an export that takes writes.
+fn scratch(framing: Framing) -> Session {
+    Session {
+        flags: shown(framing, false),
+        ..session(framing, true)
+    }
+}
 
 pub(super) fn session(framing: Framing, with_contexts: bool) -> Session {
     let contexts = vec![SelectedContext {
@@ -24,9 +55,20 @@ pub(super) fn session(framing: Framing, with_contexts: bool) -> Session {
         framing,
         size: SIZE,
         block_sizes: BlockSizes::DEFAULT,
-        read_only: true,
+        flags: shown(framing, true),
         contexts: if with_contexts { contexts } else { vec![] },
     }
+}
+
+/// An extended request.
+pub(super) fn wide(flags: u16, command: u16, offset: u64, length: u64) -> Vec<u8> {
+    let mut bytes = 0x21e4_1c71_u32.to_be_bytes().to_vec();
+    bytes.extend_from_slice(&flags.to_be_bytes());
+    bytes.extend_from_slice(&command.to_be_bytes());
+    bytes.extend_from_slice(&COOKIE.to_be_bytes());
+    bytes.extend_from_slice(&offset.to_be_bytes());
+    bytes.extend_from_slice(&length.to_be_bytes());
+    bytes
 }
 
 pub(super) fn request(flags: u16, command: u16, offset: u64, length: u32) -> Vec<u8> {
@@ -41,10 +83,21 @@ pub(super) fn request(flags: u16, command: u16, offset: u64, length: u32) -> Vec
 
 /// What one request becomes in a session; a second request behind it must be understood too.
 fn event_in(session: Session, bytes: &[u8]) -> Event {
-    let input = [bytes, &request(0, 0, 0, 512)].concat();
+    let behind = if session.framing == Framing::Extended {
+        wide(0, 0, 0, 512)
+    } else {
+        request(0, 0, 0, 512)
+    };
+    let input = [bytes, &behind].concat();
     let mut requests = Requests::new(session);
     let mut rest: &[u8] = &input;
     let event = requests.receive(&mut rest).unwrap().unwrap();
+    if let Event::Do(request) = event {
+        assert_eq!(requests.payload_left(), request.command.payload() as usize);
+        let mut payload = Vec::new();
+        assert!(requests.take_payload(&mut rest, &mut payload));
+        assert!(payload.iter().all(|byte| *byte == PAYLOAD));
+    }
     let next = requests.receive(&mut rest).unwrap().unwrap();
     assert!(
         matches!(next, Event::Do(_)),
@@ -63,8 +116,8 @@ fn event(flags: u16, command: u16, offset: u64, length: u32) -> Event {
 
 fn command(event: Event) -> Command {
     match event {
-        Event::Do(Request { cookie, command }) => {
-            assert_eq!(cookie, COOKIE);
+        Event::Do(Request { ticket, command }) => {
+            assert_eq!(ticket.cookie, COOKIE);
             command
         }
         other => panic!("{other:?}"),
@@ -74,7 +127,7 @@ fn command(event: Event) -> Command {
 fn error(event: Event) -> ErrorCode {
     match event {
         Event::Refuse(refused) => {
-            assert_eq!(refused.cookie, COOKIE);
+            assert_eq!(refused.ticket.cookie, COOKIE);
             assert!(!refused.message.is_empty());
             refused.error
         }
@@ -153,28 +206,22 @@ fn requests_keep_the_smallest_block() {
 }
 
 #[test]
-fn writes_of_every_kind_are_not_permitted() {
-    let payload = |length: u32| [request(0, 1, 0, length), vec![0xaa; length as usize]].concat();
+fn writes_of_every_kind_to_a_read_only_export_are_not_permitted() {
+    let payload = |length: u32| [request(0, 1, 0, length), vec![PAYLOAD; length as usize]].concat();
     for framing in [Framing::Simple, Framing::Structured] {
-        for read_only in [true, false] {
-            let session = Session {
-                read_only,
-                ..session(framing, false)
-            };
-            let refused = |bytes: &[u8]| error(event_in(session.clone(), bytes));
-            for length in [0, 1, 512, 100_000] {
-                assert_eq!(refused(&payload(length)), ErrorCode::NotPermitted);
-            }
-            for bytes in [
-                [request(FUA, 1, 0, 2), vec![1, 2]].concat(),
-                [request(0, 1, u64::MAX, 2), vec![1, 2]].concat(),
-                request(0, 4, 0, u32::MAX),
-                request(0, 6, 0, 512),
-                request(NO_HOLE | FAST_ZERO | FUA, 6, 0, 512),
-                request(0, 6, 0, 0),
-            ] {
-                assert_eq!(refused(&bytes), ErrorCode::NotPermitted);
-            }
+        let refused = |bytes: &[u8]| error(event_in(session(framing, false), bytes));
+        for length in [0, 1, 512, 100_000] {
+            assert_eq!(refused(&payload(length)), ErrorCode::NotPermitted);
+        }
+        for bytes in [
+            [request(FUA, 1, 0, 2), vec![1, 2]].concat(),
+            [request(0, 1, u64::MAX, 2), vec![1, 2]].concat(),
+            request(0, 4, 0, u32::MAX),
+            request(0, 6, 0, 512),
+            request(NO_HOLE | FAST_ZERO | FUA, 6, 0, 512),
+            request(0, 6, 0, 0),
+        ] {
+            assert_eq!(refused(&bytes), ErrorCode::NotPermitted);
         }
     }
 }
@@ -225,7 +272,8 @@ fn block_status_needs_a_context_and_a_length() {
         Command::BlockStatus {
             offset: 512,
             length: 1024,
-            one: false
+            one: false,
+            contexts: ContextSet::first(1),
         }
     );
     assert!(matches!(
@@ -277,140 +325,240 @@ fn a_wrong_magic_number_ends_the_session() {
 }
 
 #[test]
-fn simple_replies_are_sixteen_bytes() {
-    let mut out = Vec::new();
-    reply::read_prefix(&mut out, Framing::Simple, COOKIE, 512, 1024);
-    let success = [
-        vec![0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0],
-        COOKIE.to_be_bytes().to_vec(),
-    ]
-    .concat();
-    assert_eq!(out, success);
-    out.clear();
-    reply::done(&mut out, Framing::Simple, COOKIE);
-    assert_eq!(out, success);
-    out.clear();
-    reply::error(&mut out, Framing::Simple, COOKIE, ErrorCode::Shutdown, "not sent");
-    assert_eq!(out[4..8], 108_u32.to_be_bytes());
-    assert_eq!(out.len(), 16);
-}
-
-/// A chunk, taken apart: flags, type, payload; the rest.
-fn chunk(bytes: &[u8]) -> (u16, u16, &[u8], &[u8]) {
-    assert_eq!(bytes[..4], [0x66, 0x8e, 0x33, 0xef]);
-    assert_eq!(bytes[8..16], COOKIE.to_be_bytes());
-    let length = u32::from_be_bytes(bytes[16..20].try_into().unwrap()) as usize;
-    let number = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
-    (
-        number(4),
-        number(6),
-        &bytes[20..],
-        &bytes[(20 + length).min(bytes.len())..],
-    )
-}
-
-#[test]
-fn structured_replies_are_chunks() {
-    let mut out = Vec::new();
-    reply::read_prefix(&mut out, Framing::Structured, COOKIE, 512, 3);
-    out.extend_from_slice(b"abc");
-    let (flags, kind, payload, rest) = chunk(&out);
-    assert_eq!((flags, kind), (1, 1));
-    assert_eq!(payload, [512_u64.to_be_bytes().as_slice(), b"abc"].concat());
-    assert!(rest.is_empty());
-
-    for zero_length_read in [true, false] {
-        out.clear();
-        if zero_length_read {
-            reply::read_prefix(&mut out, Framing::Structured, COOKIE, 512, 0);
-        } else {
-            reply::done(&mut out, Framing::Structured, COOKIE);
-        }
-        let (flags, kind, payload, _) = chunk(&out);
-        assert_eq!((flags, kind, payload), (1, 0, [].as_slice()));
+fn writes_are_checked_against_the_export() {
+    let write = |flags, offset, length: u32| {
+        let bytes = [request(flags, 1, offset, length), vec![PAYLOAD; length as usize]].concat();
+        event_in(scratch(Framing::Structured), &bytes)
+    };
+    for (flags, fua) in [(0, false), (FUA, true)] {
+        assert_eq!(
+            command(write(flags, 7, 5)),
+            Command::Write {
+                offset: 7,
+                length: 5,
+                fua
+            }
+        );
+    }
+    assert_eq!(command(write(0, 0, 0)).payload(), 0);
+    assert_eq!(error(write(0, SIZE - 1, 2)), ErrorCode::NoSpace);
+    assert_eq!(error(write(0, u64::MAX, 2)), ErrorCode::NoSpace);
+    for flags in [NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN, 1 << 15] {
+        assert_eq!(error(write(flags, 0, 512)), ErrorCode::Invalid, "{flags:#x}");
     }
 }
 
 #[test]
-fn structured_errors_carry_a_message_that_fits() {
-    let mut out = Vec::new();
-    reply::error(&mut out, Framing::Structured, COOKIE, ErrorCode::Io, "why");
-    let (flags, kind, payload, rest) = chunk(&out);
-    assert_eq!((flags, kind), (1, 0x8001));
-    assert_eq!(
-        payload,
-        [5_u32.to_be_bytes().as_slice(), &[0, 3], b"why"].concat()
-    );
-    assert!(rest.is_empty());
-
-    out.clear();
-    let long = "\u{20ac}".repeat(MAX_STRING);
-    reply::error(&mut out, Framing::Structured, COOKIE, ErrorCode::Io, &long);
-    let (_, _, payload, rest) = chunk(&out);
-    let length = usize::from(u16::from_be_bytes([payload[4], payload[5]]));
-    assert!(length <= MAX_STRING && length + 6 == payload.len() && rest.is_empty());
-    assert!(std::str::from_utf8(&payload[6..]).is_ok());
-}
-
-fn extents(list: &[(u64, u32)]) -> Vec<StatusExtent> {
-    list.iter()
-        .map(|&(length, flags)| StatusExtent { length, flags })
-        .collect()
-}
-
-fn described(list: &[(u64, u32)], length: u64, one: bool) -> Vec<(u32, u32)> {
-    reply::descriptors(&extents(list), length, one)
-        .iter()
-        .map(|descriptor| (descriptor.length.get(), descriptor.status.get()))
-        .collect()
-}
-
-#[test]
-fn descriptors_merge_clip_and_stay_in_the_request() {
-    assert_eq!(
-        described(&[(10, 0), (10, 0), (5, 3), (7, 0)], 100, false),
-        [(20, 0), (5, 3), (7, 0)]
-    );
-    assert_eq!(described(&[(10, 0), (10, 3)], 15, false), [(10, 0), (5, 3)]);
-    assert_eq!(
-        described(&[(u64::MAX, 1)], u32::MAX.into(), false),
-        [(u32::MAX, 1)]
-    );
-    assert_eq!(described(&[(10, 0), (10, 0), (5, 3)], 100, true), [(20, 0)]);
-    assert_eq!(described(&[(200, 0)], 100, true), [(100, 0)]);
-    assert_eq!(described(&[(0, 3), (10, 0)], 100, false), [(10, 0)]);
-    assert_eq!(described(&[], 100, false), []);
-}
-
-#[test]
-fn descriptors_are_bounded() {
-    let many: Vec<(u64, u32)> = (0..MAX_EXTENTS as u64 * 2)
-        .map(|n| (1, u32::from(n % 2 == 0)))
-        .collect();
-    assert_eq!(described(&many, u64::from(u32::MAX), false).len(), MAX_EXTENTS);
-}
-
-#[test]
-fn block_status_has_a_chunk_for_each_context() {
-    let contexts = [
-        (
-            1,
-            reply::descriptors(&extents(&[(512, 3), (512, 0)]), 1024, false),
-        ),
-        (7, reply::descriptors(&extents(&[(1024, 1)]), 1024, false)),
-    ];
-    let mut out = Vec::new();
-    reply::block_status(&mut out, COOKIE, &contexts);
-    let (flags, kind, payload, rest) = chunk(&out);
-    assert_eq!((flags, kind), (0, 5));
-    let numbers = |list: &[u32]| {
-        list.iter()
-            .flat_map(|number| number.to_be_bytes())
-            .collect::<Vec<u8>>()
+fn trims_and_zeroes_are_checked_against_the_export() {
+    let large = Session {
+        size: 1 << 40,
+        ..scratch(Framing::Simple)
     };
-    assert_eq!(payload[..20], numbers(&[1, 512, 3, 512, 0]));
-    let (flags, kind, payload, rest) = chunk(rest);
-    assert_eq!((flags, kind), (1, 5), "the last chunk ends the reply");
-    assert_eq!(payload, numbers(&[7, 1024, 1]));
+    let event_of =
+        |flags, kind, offset, length| event_in(large.clone(), &request(flags, kind, offset, length));
+    assert_eq!(
+        command(event_of(FUA, 4, 512, u32::MAX)),
+        Command::Trim {
+            offset: 512,
+            length: u32::MAX.into(),
+            fua: true
+        }
+    );
+    assert_eq!(error(event_of(0, 4, 1 << 40, 1)), ErrorCode::Invalid);
+    assert_eq!(error(event_of(NO_HOLE, 4, 0, 1)), ErrorCode::Invalid);
+    for (flags, fua, no_hole, fast) in [
+        (0, false, false, false),
+        (FUA, true, false, false),
+        (NO_HOLE | FAST_ZERO, false, true, true),
+    ] {
+        assert_eq!(
+            command(event_of(flags, 6, 1, u32::MAX)),
+            Command::WriteZeroes {
+                offset: 1,
+                length: u32::MAX.into(),
+                fua,
+                no_hole,
+                fast
+            }
+        );
+    }
+    assert_eq!(error(event_of(0, 6, 1 << 40, 1)), ErrorCode::NoSpace);
+    assert_eq!(error(event_of(DF, 6, 0, 1)), ErrorCode::Invalid);
+}
+
+#[test]
+fn fua_may_come_with_every_command_once_it_was_offered() {
+    for (kind, offset) in [(0, 512), (3, 0), (4, 512), (5, 512), (6, 512), (7, 512)] {
+        let event = event_in(
+            scratch(Framing::Structured),
+            &request(FUA, kind, offset, u32::from(kind != 3) * 512),
+        );
+        assert!(matches!(event, Event::Do(_)), "command {kind}: {event:?}");
+    }
+}
+
+#[test]
+fn extended_requests_have_wide_lengths_and_payloads() {
+    let large = Session {
+        size: 1 << 50,
+        ..scratch(Framing::Extended)
+    };
+    let event_of = |bytes: &[u8]| event_in(large.clone(), bytes);
+    let length = 7_u64 << 40;
+    for kind in [4, 5, 6, 7] {
+        let (Command::Trim { length: told, .. }
+        | Command::Cache { length: told, .. }
+        | Command::WriteZeroes { length: told, .. }
+        | Command::BlockStatus { length: told, .. }) = command(event_of(&wide(0, kind, 512, length)))
+        else {
+            panic!("command {kind}")
+        };
+        assert_eq!(told, length);
+    }
+    assert_eq!(error(event_of(&wide(0, 0, 0, 1 << 33))), ErrorCode::Overflow);
+    assert_eq!(error(event_of(&wide(0, 4, 512, u64::MAX))), ErrorCode::Invalid);
+
+    let data = |length: usize| vec![PAYLOAD; length];
+    let write = [wide(PAYLOAD_LEN | FUA, 1, 512, 700), data(700)].concat();
+    assert_eq!(
+        command(event_of(&write)),
+        Command::Write {
+            offset: 512,
+            length: 700,
+            fua: true
+        }
+    );
+    assert_eq!(
+        error(event_of(&wide(0, 1, 512, 700))),
+        ErrorCode::Invalid,
+        "without the flag no payload follows"
+    );
+    for kind in [0, 3, 4, 5, 6, 8, 99] {
+        let bytes = [wide(PAYLOAD_LEN, kind, 0, 700), data(700)].concat();
+        assert_eq!(error(event_of(&bytes)), ErrorCode::Invalid, "command {kind}");
+    }
+}
+
+#[test]
+fn a_status_request_can_choose_contexts() {
+    let mut session = scratch(Framing::Extended);
+    session.contexts = (0..3)
+        .map(|index| SelectedContext {
+            id: 10 + index,
+            name: ContextName::new(&format!("x-test:{index}")).unwrap(),
+        })
+        .collect();
+    let ask = |session: &Session, length: u64, ids: &[u32]| {
+        let mut payload = length.to_be_bytes().to_vec();
+        payload.extend(ids.iter().flat_map(|id| id.to_be_bytes()));
+        let header = wide(PAYLOAD_LEN | REQ_ONE, 7, 512, payload.len() as u64);
+        event_in(session.clone(), &[header, payload].concat())
+    };
+    for (ids, places) in [(&[12, 10][..], &[0, 2][..]), (&[11], &[1]), (&[], &[])] {
+        let Command::BlockStatus {
+            offset,
+            length,
+            one,
+            contexts,
+        } = command(ask(&session, 1024, ids))
+        else {
+            panic!("{ids:?}")
+        };
+        assert_eq!((offset, length, one), (512, 1024, true));
+        let chosen: Vec<usize> = (0..3).filter(|place| contexts.contains(*place)).collect();
+        assert_eq!(chosen, places);
+    }
+    assert_eq!(error(ask(&session, 1024, &[10, 10])), ErrorCode::Invalid, "twice");
+    assert_eq!(
+        error(ask(&session, 1024, &[9])),
+        ErrorCode::Invalid,
+        "not selected"
+    );
+    assert_eq!(
+        error(ask(&session, SIZE, &[10])),
+        ErrorCode::Invalid,
+        "beyond the end"
+    );
+    assert_eq!(error(ask(&session, 0, &[10])), ErrorCode::Invalid);
+    assert_eq!(
+        error(ask(&session, 512, &[10; 1000])),
+        ErrorCode::Invalid,
+        "too many"
+    );
+    for length in [1, 7, 9, 11, 13] {
+        let bytes = [
+            wide(PAYLOAD_LEN, 7, 0, length),
+            vec![0; usize::try_from(length).unwrap()],
+        ]
+        .concat();
+        assert_eq!(
+            error(event_in(session.clone(), &bytes)),
+            ErrorCode::Invalid,
+            "{length}"
+        );
+    }
+    session.flags.remove(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
+    assert_eq!(
+        error(ask(&session, 1024, &[10])),
+        ErrorCode::Invalid,
+        "not offered"
+    );
+}
+
+#[test]
+fn payloads_beyond_the_limit_end_the_session() {
+    let length = MAX_PAYLOAD + 1;
+    let small = Session {
+        size: 1 << 30,
+        block_sizes: BlockSizes::new(1, 4096, 1 << 20).unwrap(),
+        ..scratch(Framing::Simple)
+    };
+    let mut requests = Requests::new(small.clone());
+    let result = requests.receive(&mut request(0, 1, 0, length).as_slice());
+    assert_eq!(result, Err(TransmissionError::Payload(length.into())));
+    // Up to the default it is skipped.
+    let bytes = [request(0, 1, 0, 2 << 20), vec![0; 2 << 20]].concat();
+    assert_eq!(error(event_in(small, &bytes)), ErrorCode::Invalid);
+
+    for (kind, length) in [(1, (1 << 20) + 1), (1, u64::MAX), (0, 1 << 21), (99, u64::MAX)] {
+        let small = Session {
+            block_sizes: BlockSizes::new(1, 4096, 1 << 20).unwrap(),
+            ..scratch(Framing::Extended)
+        };
+        let mut requests = Requests::new(small);
+        let result = requests.receive(&mut wide(PAYLOAD_LEN, kind, 0, length).as_slice());
+        assert_eq!(result, Err(TransmissionError::Payload(length)));
+    }
+}
+
+#[test]
+fn a_payload_can_be_taken_in_pieces_read_past_or_given_up() {
+    let write = request(0, 1, 0, 10);
+    let next = request(0, 3, 0, 0);
+    let mut requests = Requests::new(scratch(Framing::Simple));
+    assert!(matches!(
+        requests.receive(&mut write.as_slice()),
+        Ok(Some(Event::Do(_)))
+    ));
+    let mut payload = Vec::new();
+    assert!(!requests.take_payload(&mut b"abc".as_slice(), &mut payload));
+    requests.payload_received(2);
+    assert_eq!(requests.payload_left(), 5);
+    let mut rest = b"fghijrest".as_slice();
+    assert!(requests.take_payload(&mut rest, &mut payload));
+    assert_eq!(
+        (payload.as_slice(), rest),
+        (b"abcfghij".as_slice(), b"rest".as_slice())
+    );
+
+    assert!(matches!(
+        requests.receive(&mut write.as_slice()),
+        Ok(Some(Event::Do(_)))
+    ));
+    requests.payload_received(4);
+    requests.skip_payload();
+    let mut rest: &[u8] = &[b"456789".as_slice(), &next].concat();
+    let event = requests.receive(&mut rest).unwrap().unwrap();
+    assert_eq!(command(event), Command::Flush);
     assert!(rest.is_empty());
 }
