@@ -3,6 +3,7 @@
 pub mod device;
 mod error;
 pub mod freeze;
+pub mod identity;
 pub mod mounts;
 mod reader;
 pub mod watchdog;
@@ -10,6 +11,7 @@ pub mod watchdog;
 pub use device::BlockDevice;
 pub use error::DiskError;
 pub use freeze::{FileSystems, FreezeError, Freezer};
+pub use identity::{DeviceIdentity, Difference};
 pub use mounts::Mount;
 pub use reader::DirectReader;
 pub use watchdog::WatchdogCommand;
