@@ -1,5 +1,6 @@
 //! Developer and CI commands of blksnap: `cargo xtask COMMAND`.
 
+mod fuzz;
 mod lint;
 mod packages;
 mod process;
@@ -67,6 +68,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "NAME")]
         args: Vec<OsString>,
     },
+    /// Run fuzz targets for some time each: all of them, or the ones named. `fuzz state_file --seconds 600`
+    Fuzz(fuzz::Arguments),
     /// Check format, clippy, documentation and the project's own rules
     Lint,
     /// Format all code
@@ -108,6 +111,7 @@ fn execute(command: Command) -> Result<()> {
         Command::Run { release, args } => run::agent(profile(release), &args),
         Command::Test { args } => test::run(&args),
         Command::Bench { args } => run::tool(Profile::Release, "blksnap-bench", &args),
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Lint => lint::run(),
         Command::Fmt => process::run(workspace::cargo().args(["fmt", "--all"])),
         Command::Ci => process::run(&mut process::command(workspace::root().join(".ci/run"))),

@@ -1,4 +1,5 @@
-//! Packages: programs of the distribution that the tests, the demonstration and the benchmark run.
+//! Packages: programs of the distribution that the tests, the demonstration and the benchmark run, and the C++
+//! compiler that builds the fuzzer.
 
 use std::fs;
 
@@ -8,7 +9,7 @@ use nix::unistd::Uid;
 use crate::process;
 
 /// A program, and the package of Debian and Ubuntu that has it.
-const NEEDED: [(&str, &str); 17] = [
+const NEEDED: [(&str, &str); 18] = [
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdkit", "nbdkit"),
@@ -26,6 +27,7 @@ const NEEDED: [(&str, &str); 17] = [
     ("blkdiscard", "util-linux"),
     ("fstrim", "util-linux"),
     ("strace", "strace"),
+    ("c++", "g++"),
 ];
 
 /// Makes sure that every program is there: installs its package when this is root on Debian or Ubuntu, otherwise

@@ -64,18 +64,37 @@ fn build<const N: usize>(profile: Profile, wanted: [(&str, &str); N]) -> Result<
     if profile == Profile::Release {
         command.arg("--release");
     }
-    let output = command
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .with_context(|| format!("starting `{}` failed", process::line(&command)))?;
-    ensure!(output.status.success(), "the build failed (see above)");
-    let messages = String::from_utf8_lossy(&output.stdout);
+    let messages = messages_of(&mut command)?;
     let mut paths = wanted.map(|_| PathBuf::new());
     for (path, (_, name)) in paths.iter_mut().zip(wanted) {
         *path = executable(&messages, name).with_context(|| format!("cargo built no executable {name}"))?;
     }
     Ok(paths)
+}
+
+/// Runs a `cargo build` that prints its messages as JSON, and gives the path of the executable `name`.
+pub(crate) fn executable_of(command: &mut Command, name: &str) -> Result<PathBuf> {
+    let messages = messages_of(command)?;
+    executable(&messages, name).with_context(|| format!("cargo built no executable {name}"))
+}
+
+fn messages_of(command: &mut Command) -> Result<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("starting `{}` failed", process::line(command)))?;
+    ensure!(output.status.success(), "the build failed (see above)");
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The machine's target triple, as the compiler names it.
+pub(crate) fn host() -> Result<String> {
+    let said = process::output(cargo().args(["--version", "--verbose"]))?;
+    said.lines()
+        .find_map(|line| line.strip_prefix("host: "))
+        .map(str::to_owned)
+        .context("cargo did not say what host it runs on")
 }
 
 /// The executable `name` in cargo's messages: one JSON object a line.

@@ -78,6 +78,14 @@ impl StateFileError {
             source,
         }
     }
+
+    fn damaged(path: &Path, why: &str) -> Self {
+        Self::Damaged {
+            path: path.to_owned(),
+            // It may quote the file: an error is one line.
+            why: why.replace(char::is_control, " "),
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -169,10 +177,7 @@ pub fn read<T: DeserializeOwned>(path: &Path, format: Format) -> Result<Option<T
 
 /// The content of a document that was read from `path`.
 fn parse<T: DeserializeOwned>(text: &[u8], path: &Path, format: Format) -> Result<T, StateFileError> {
-    let damaged = |why: String| StateFileError::Damaged {
-        path: path.to_owned(),
-        why,
-    };
+    let damaged = |why: String| StateFileError::damaged(path, &why);
     if text.len() as u64 > MAX_BYTES {
         return Err(damaged(format!("longer than {MAX_BYTES} bytes")));
     }
@@ -210,10 +215,7 @@ pub fn read_sections<H: DeserializeOwned>(
         .map(Some)
         .map_err(|error| match error {
             FrameError::Io(source) => StateFileError::io("read", path)(source),
-            FrameError::Damaged(why) => StateFileError::Damaged {
-                path: path.to_owned(),
-                why,
-            },
+            FrameError::Damaged(why) => StateFileError::damaged(path, &why),
             FrameError::Version(found) => StateFileError::Version {
                 path: path.to_owned(),
                 found,
@@ -238,10 +240,7 @@ fn open(path: &Path) -> Result<Option<(File, u64)>, StateFileError> {
     if metadata.is_file() {
         return Ok(Some((file, metadata.len())));
     }
-    Err(StateFileError::Damaged {
-        path: path.to_owned(),
-        why: "not a regular file".to_owned(),
-    })
+    Err(StateFileError::damaged(path, "not a regular file"))
 }
 
 /// Removes the document at `path`, if there is one, for good.
