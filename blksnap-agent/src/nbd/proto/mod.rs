@@ -8,21 +8,29 @@
 //!
 //! | file | role |
 //! |---|---|
-//! | [`wire`] | structs, numbers and flags as on the wire |
+//! | [`wire`] | structs as on the wire |
+//! | [`numbers`] | flags and enumerations |
 //! | [`limits`] | what a client may ask for at most |
 //! | [`option`] | data of options, parsed; replies to options |
 //! | [`catalog`] | what the handshake must know of the exports |
 //! | [`context`] | names of metadata contexts and queries for them |
 //! | [`handshake`] | greeting to transmission |
-//! | [`transmission`] | requests |
+//! | [`session`] | what was agreed |
+//! | [`request`] | commands, and their headers |
+//! | `check` | a request against what was agreed |
+//! | [`transmission`] | bytes to requests |
 //! | [`reply`] | replies |
 
 pub mod catalog;
+mod check;
 pub mod context;
 pub mod handshake;
 pub mod limits;
+pub mod numbers;
 pub mod option;
 pub mod reply;
+pub mod request;
+pub mod session;
 pub mod transmission;
 pub mod wire;
 
@@ -33,5 +41,7 @@ pub use catalog::{BlockSizeError, BlockSizes, Catalog, ExportFacts, Found, Liste
 pub use context::{ContextName, ContextSet, SelectedContext};
 pub use handshake::{Established, Handshake, HandshakeError, Step};
 pub use reply::{StatusExtent, Ticket};
-pub use transmission::{Command, Event, Framing, Request, Requests, Session, TransmissionError};
+pub use request::{Command, Event, Refused, Request};
+pub use session::{Framing, Session};
+pub use transmission::{Requests, TransmissionError};
 pub use wire::ErrorCode;

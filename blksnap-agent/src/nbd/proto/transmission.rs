@@ -17,171 +17,15 @@
 //! # Requests the specification leaves open
 //! A request of no bytes succeeds, except for a status request, whose reply must hold an extent.
 
-use super::catalog::BlockSizes;
-use super::context::{ContextSet, SelectedContext};
+use super::context::ContextSet;
 use super::limits::{MAX_CONTEXTS, MAX_PAYLOAD};
-use super::reply::Ticket;
+use super::request::Header;
+pub use super::request::{Command, Event, Refused, Request};
+pub use super::session::{Framing, Session};
 use super::wire::{
-    CommandFlags, CommandType, EXTENDED_REQUEST_MAGIC, ErrorCode, ExtendedRequestHeader, REQUEST_MAGIC,
-    RequestHeader, TransmissionFlags,
+    CommandType, EXTENDED_REQUEST_MAGIC, ErrorCode, ExtendedRequestHeader, REQUEST_MAGIC, RequestHeader,
+    TransmissionFlags,
 };
-
-/// Form of requests and replies, as negotiated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Framing {
-    /// Simple replies.
-    Simple,
-    /// Structured replies (`NBD_OPT_STRUCTURED_REPLY`).
-    Structured,
-    /// Extended requests and replies (`NBD_OPT_EXTENDED_HEADERS`).
-    Extended,
-}
-
-impl Framing {
-    /// Whether replies are chunks.
-    #[must_use]
-    pub const fn has_chunks(self) -> bool {
-        matches!(self, Self::Structured | Self::Extended)
-    }
-}
-
-/// What was agreed in the handshake.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Session {
-    /// Form of the replies.
-    pub framing: Framing,
-    /// Size of the export in bytes.
-    pub size: u64,
-    /// Block sizes of the export.
-    pub block_sizes: BlockSizes,
-    /// Flags that were shown to the client: what it may use.
-    pub flags: TransmissionFlags,
-    /// Selected metadata contexts.
-    pub contexts: Vec<SelectedContext>,
-}
-
-/// A command to carry out. Offsets and lengths are in bytes and lie inside the export.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Command {
-    /// Read; the length is at most the largest payload.
-    Read {
-        /// First byte.
-        offset: u64,
-        /// Length, may be 0.
-        length: u32,
-        /// At most one content chunk may be sent.
-        dont_fragment: bool,
-    },
-    /// Write; the length is at most the largest payload, and as many bytes follow the request.
-    Write {
-        /// First byte.
-        offset: u64,
-        /// Length, may be 0.
-        length: u32,
-        /// Durable before the reply.
-        fua: bool,
-    },
-    /// Make acknowledged writes durable.
-    Flush,
-    /// Discard, if that is possible.
-    Trim {
-        /// First byte.
-        offset: u64,
-        /// Length, may be 0.
-        length: u64,
-        /// Durable before the reply.
-        fua: bool,
-    },
-    /// Read ahead.
-    Cache {
-        /// First byte.
-        offset: u64,
-        /// Length, may be 0.
-        length: u64,
-    },
-    /// Make the range read as zeroes.
-    WriteZeroes {
-        /// First byte.
-        offset: u64,
-        /// Length, may be 0.
-        length: u64,
-        /// Durable before the reply.
-        fua: bool,
-        /// Keep the range allocated.
-        no_hole: bool,
-        /// Fail with `NBD_ENOTSUP` unless this is faster than a write.
-        fast: bool,
-    },
-    /// Query contexts.
-    BlockStatus {
-        /// First byte.
-        offset: u64,
-        /// Length, not 0.
-        length: u64,
-        /// One extent per context, not longer than the request.
-        one: bool,
-        /// Which of the session's contexts.
-        contexts: ContextSet,
-    },
-}
-
-impl Command {
-    /// Its number on the wire.
-    #[must_use]
-    pub const fn kind(&self) -> CommandType {
-        match self {
-            Self::Read { .. } => CommandType::Read,
-            Self::Write { .. } => CommandType::Write,
-            Self::Flush => CommandType::Flush,
-            Self::Trim { .. } => CommandType::Trim,
-            Self::Cache { .. } => CommandType::Cache,
-            Self::WriteZeroes { .. } => CommandType::WriteZeroes,
-            Self::BlockStatus { .. } => CommandType::BlockStatus,
-        }
-    }
-
-    /// Bytes of data that follow the request for the caller to collect.
-    #[must_use]
-    pub const fn payload(&self) -> u32 {
-        match self {
-            Self::Write { length, .. } => *length,
-            _ => 0,
-        }
-    }
-}
-
-/// A request that may be carried out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Request {
-    /// Returned in the reply.
-    pub ticket: Ticket,
-    /// What to do.
-    pub command: Command,
-}
-
-/// A request to answer with an error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refused {
-    /// Returned in the reply.
-    pub ticket: Ticket,
-    /// The command, if it is known.
-    pub kind: Option<CommandType>,
-    /// Error to answer.
-    pub error: ErrorCode,
-    /// What is wrong, for display.
-    pub message: &'static str,
-}
-
-/// What a request asks the caller to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// Carry it out and reply. Its payload, if it has one, is collected first.
-    Do(Request),
-    /// Reply with an error.
-    Refuse(Refused),
-    /// Finish what is in flight, then close; there is no reply.
-    Disconnect,
-}
 
 /// Why the session ends without an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -200,19 +44,6 @@ pub const MAX_FILTER: usize = size_of::<u64>() + MAX_CONTEXTS * size_of::<u32>()
 const COMPACT: usize = size_of::<RequestHeader>();
 const EXTENDED: usize = size_of::<ExtendedRequestHeader>();
 
-/// A request's header in one form for both framings.
-#[derive(Clone, Copy, Debug)]
-struct Header {
-    ticket: Ticket,
-    flags: CommandFlags,
-    kind: Option<CommandType>,
-    offset: u64,
-    /// Of the range; 0 where the header tells a payload instead.
-    length: u64,
-    /// Bytes that follow the header.
-    payload: u64,
-}
-
 /// What the input is at.
 #[derive(Clone, Copy, Debug)]
 enum State {
@@ -225,8 +56,6 @@ enum State {
     /// Inside a payload that nobody wants; then the error is answered, if there is one.
     Skip { left: u32, refused: Option<Refused> },
 }
-
-type Refusal = (ErrorCode, &'static str);
 
 /// Turns input into requests.
 #[derive(Debug)]
@@ -371,61 +200,12 @@ impl Requests {
         Ok(if extended {
             self.buffer
                 .first_chunk::<EXTENDED>()
-                .map(|bytes| self.extended_header(zerocopy::transmute!(*bytes)))
+                .map(|bytes| Header::extended(zerocopy::transmute!(*bytes)))
         } else {
             self.buffer
                 .first_chunk::<COMPACT>()
-                .map(|bytes| self.compact_header(zerocopy::transmute!(*bytes)))
+                .map(|bytes| Header::compact(self.session.framing, zerocopy::transmute!(*bytes)))
         })
-    }
-
-    fn compact_header(&self, header: RequestHeader) -> Header {
-        let kind = CommandType::from_number(header.command.get());
-        let length = u64::from(header.length.get());
-        Header {
-            ticket: Ticket {
-                framing: self.session.framing,
-                cookie: header.cookie.get(),
-                offset: header.offset.get(),
-            },
-            flags: CommandFlags::from_bits_retain(header.flags.get()),
-            kind,
-            offset: header.offset.get(),
-            length,
-            payload: if kind == Some(CommandType::Write) {
-                length
-            } else {
-                0
-            },
-        }
-    }
-
-    fn extended_header(&self, header: ExtendedRequestHeader) -> Header {
-        let kind = CommandType::from_number(header.command.get());
-        let flags = CommandFlags::from_bits_retain(header.flags.get());
-        let length = header.length.get();
-        let payload = if flags.contains(CommandFlags::PAYLOAD_LEN) {
-            length
-        } else {
-            0
-        };
-        Header {
-            ticket: Ticket {
-                framing: self.session.framing,
-                cookie: header.cookie.get(),
-                offset: header.offset.get(),
-            },
-            flags,
-            kind,
-            offset: header.offset.get(),
-            // The range of a write is as long as its payload; that of others then stands inside the payload.
-            length: if payload > 0 && kind != Some(CommandType::Write) {
-                0
-            } else {
-                length
-            },
-            payload,
-        }
     }
 
     /// Largest payload before the session ends. With compact headers nothing up to the specification's default is
@@ -454,7 +234,7 @@ impl Requests {
             };
             return Ok(None);
         }
-        match self.check(header) {
+        match self.session.check(header) {
             Ok(command) => {
                 if payload > 0 {
                     self.state = State::Payload { left: payload };
@@ -465,7 +245,7 @@ impl Requests {
                 })))
             }
             Err(refusal) => {
-                let refused = refused(header, refusal);
+                let refused = header.refused(refusal);
                 if payload == 0 {
                     return Ok(Some(Event::Refuse(refused)));
                 }
@@ -508,181 +288,14 @@ impl Requests {
                         return Err((ErrorCode::Invalid, "a context is twice in the list"));
                     }
                 }
-                self.status(header, u64::from_be_bytes(*range), chosen)
+                self.session.status(header, u64::from_be_bytes(*range), chosen)
             });
         match answer {
             Ok(command) => Event::Do(Request {
                 ticket: header.ticket,
                 command,
             }),
-            Err(refusal) => Event::Refuse(refused(header, refusal)),
+            Err(refusal) => Event::Refuse(header.refused(refusal)),
         }
-    }
-
-    /// The command of a request, or the error to answer.
-    fn check(&self, header: &Header) -> Result<Command, Refusal> {
-        let Header {
-            flags,
-            offset,
-            length,
-            ..
-        } = *header;
-        let kind = header
-            .kind
-            .ok_or((ErrorCode::Invalid, "the command is unknown"))?;
-        let fua = flags.contains(CommandFlags::FUA);
-        match kind {
-            CommandType::Read => {
-                self.allow(header, CommandFlags::DONT_FRAGMENT)?;
-                self.in_range(offset, length, ErrorCode::Invalid)?;
-                Ok(Command::Read {
-                    offset,
-                    length: self.transferred(length).ok_or((
-                        if self.session.framing.has_chunks() {
-                            ErrorCode::Overflow
-                        } else {
-                            ErrorCode::Invalid
-                        },
-                        "the request is longer than the largest payload",
-                    ))?,
-                    dont_fragment: flags.contains(CommandFlags::DONT_FRAGMENT),
-                })
-            }
-            CommandType::Write => {
-                self.writable()?;
-                self.allow(header, CommandFlags::PAYLOAD_LEN)?;
-                if header.payload != length {
-                    return Err((ErrorCode::Invalid, "a write carries its data as payload"));
-                }
-                self.in_range(offset, length, ErrorCode::NoSpace)?;
-                Ok(Command::Write {
-                    offset,
-                    length: self.transferred(length).ok_or((
-                        ErrorCode::Invalid,
-                        "the request is longer than the largest payload",
-                    ))?,
-                    fua,
-                })
-            }
-            CommandType::Flush => {
-                self.allow(header, CommandFlags::empty())?;
-                if offset != 0 || length != 0 {
-                    return Err((ErrorCode::Invalid, "a flush has no offset and no length"));
-                }
-                Ok(Command::Flush)
-            }
-            CommandType::Trim => {
-                self.writable()?;
-                self.allow(header, CommandFlags::empty())?;
-                self.in_range(offset, length, ErrorCode::Invalid)?;
-                Ok(Command::Trim { offset, length, fua })
-            }
-            CommandType::Cache => {
-                self.allow(header, CommandFlags::empty())?;
-                self.in_range(offset, length, ErrorCode::Invalid)?;
-                Ok(Command::Cache { offset, length })
-            }
-            CommandType::WriteZeroes => {
-                self.writable()?;
-                self.allow(header, CommandFlags::NO_HOLE | CommandFlags::FAST_ZERO)?;
-                self.in_range(offset, length, ErrorCode::NoSpace)?;
-                Ok(Command::WriteZeroes {
-                    offset,
-                    length,
-                    fua,
-                    no_hole: flags.contains(CommandFlags::NO_HOLE),
-                    fast: flags.contains(CommandFlags::FAST_ZERO),
-                })
-            }
-            CommandType::BlockStatus => {
-                if header.payload > 0 {
-                    return Err((ErrorCode::Invalid, "the list of contexts has no valid length"));
-                }
-                self.status(header, length, ContextSet::first(self.session.contexts.len()))
-            }
-            CommandType::Resize => Err((ErrorCode::Invalid, "the size can't be changed")),
-            CommandType::Disconnect => Err((ErrorCode::Invalid, "a disconnect request has no reply")),
-        }
-    }
-
-    fn status(&self, header: &Header, length: u64, contexts: ContextSet) -> Result<Command, Refusal> {
-        if self.session.contexts.is_empty() {
-            return Err((ErrorCode::Invalid, "no metadata context was selected"));
-        }
-        self.allow(header, CommandFlags::REQ_ONE | CommandFlags::PAYLOAD_LEN)?;
-        self.in_range(header.offset, length, ErrorCode::Invalid)?;
-        if length == 0 {
-            return Err((ErrorCode::Invalid, "a status request of no bytes has no answer"));
-        }
-        Ok(Command::BlockStatus {
-            offset: header.offset,
-            length,
-            one: header.flags.contains(CommandFlags::REQ_ONE),
-            contexts,
-        })
-    }
-
-    /// A length that can be transferred at once.
-    fn transferred(&self, length: u64) -> Option<u32> {
-        u32::try_from(length)
-            .ok()
-            .filter(|length| *length <= self.session.block_sizes.maximum())
-    }
-
-    fn writable(&self) -> Result<(), Refusal> {
-        if self.session.flags.contains(TransmissionFlags::READ_ONLY) {
-            Err((ErrorCode::NotPermitted, "the export is read-only"))
-        } else {
-            Ok(())
-        }
-    }
-
-    /// Checks that a request has no other flags than those of its command, as far as they were offered. FUA may come
-    /// with every command once it was offered ("Command flags").
-    fn allow(&self, header: &Header, of_command: CommandFlags) -> Result<(), Refusal> {
-        let offered = self.session.flags;
-        let mut allowed = of_command;
-        allowed.set(CommandFlags::FUA, offered.contains(TransmissionFlags::SEND_FUA));
-        if !offered.contains(TransmissionFlags::SEND_DF) {
-            allowed.remove(CommandFlags::DONT_FRAGMENT);
-        }
-        if !offered.contains(TransmissionFlags::SEND_FAST_ZERO) {
-            allowed.remove(CommandFlags::FAST_ZERO);
-        }
-        if self.session.framing != Framing::Extended {
-            allowed.remove(CommandFlags::PAYLOAD_LEN);
-        }
-        if allowed.contains(header.flags) {
-            Ok(())
-        } else {
-            Err((
-                ErrorCode::Invalid,
-                "the request carries a flag that was not offered for it",
-            ))
-        }
-    }
-
-    /// Checks that a request keeps the smallest block and lies inside the export.
-    fn in_range(&self, offset: u64, length: u64, beyond: ErrorCode) -> Result<(), Refusal> {
-        let minimum = u64::from(self.session.block_sizes.minimum());
-        if !offset.is_multiple_of(minimum) || !length.is_multiple_of(minimum) {
-            return Err((
-                ErrorCode::Invalid,
-                "the request is not aligned to the smallest block",
-            ));
-        }
-        match offset.checked_add(length) {
-            Some(end) if end <= self.session.size => Ok(()),
-            _ => Err((beyond, "the request reaches beyond the end of the export")),
-        }
-    }
-}
-
-fn refused(header: &Header, (error, message): Refusal) -> Refused {
-    Refused {
-        ticket: header.ticket,
-        kind: header.kind,
-        error,
-        message,
     }
 }
