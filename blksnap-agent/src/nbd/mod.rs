@@ -12,10 +12,13 @@
 //! A caller makes a [`registry::Exports`], starts a [`server::Server`] on it, adds and removes exports at will, and
 //! stops the server at the end.
 
+pub mod address;
+pub mod client;
 mod connection;
 pub mod counters;
 pub mod export;
 pub mod file;
+pub mod kernel;
 pub mod proto;
 pub mod registry;
 pub mod server;
