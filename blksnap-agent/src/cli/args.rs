@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::nbd::Nbd;
 use super::size;
 use crate::cbt::TrackingParams;
 use crate::control::api;
@@ -78,6 +79,9 @@ pub enum Command {
     Snapshot(Snapshot),
     /// Write a consistent image of a device to a file
     Backup(Backup),
+    /// Block devices of this machine that show images
+    #[command(subcommand)]
+    Nbd(Nbd),
     /// Print a completion script for a shell
     #[command(after_help = "Example:
   blksnap-agent completions bash > /etc/bash_completion.d/blksnap-agent")]
@@ -108,6 +112,7 @@ impl Command {
             Self::Cbt(_) => "cbt",
             Self::Snapshot(_) => "snapshot",
             Self::Backup(_) => "backup",
+            Self::Nbd(_) => "nbd",
             Self::Completions { .. } => "completions",
             Self::Man { .. } => "man",
         }

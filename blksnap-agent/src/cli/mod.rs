@@ -1,6 +1,6 @@
 //! CLI: the commands of `blksnap-agent`.
 //!
-//! All but `daemon`, `doctor`, `completions` and `man` are clients of the daemon. An answer goes to standard
+//! All but `daemon`, `doctor`, `nbd`, `completions` and `man` are clients of the daemon. An answer goes to standard
 //! output, as text for people or, with `--output json`, as the JSON of [`crate::control::api`]. An error is one
 //! line on standard error and an exit code that is not 0: 1 when something failed, 2 when the command line is
 //! wrong.
@@ -12,6 +12,7 @@ mod daemon;
 mod device;
 mod doctor;
 mod generate;
+mod nbd;
 mod progress;
 mod size;
 mod snapshot;
@@ -118,6 +119,7 @@ fn privileged(cli: Cli) -> Result<ExitCode> {
         Command::Cbt(command) => block_on(cbt::run(&context, &command)).map(done),
         Command::Snapshot(command) => block_on(snapshot::run(&context, &command)).map(done),
         Command::Backup(options) => block_on(backup::run(&context, &options)).map(done),
+        Command::Nbd(command) => block_on(nbd::run(&context, &cli.socket, command)).map(done),
         Command::Doctor(_) | Command::Completions { .. } | Command::Man { .. } => Ok(ExitCode::SUCCESS),
     }
 }

@@ -1,0 +1,372 @@
+//! `nbd connect`, `disconnect`, `reconnect` and `list`.
+//!
+//! They talk to the kernel themselves, so that devices can be looked at and ended when no daemon runs.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::Subcommand;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+use serde::Serialize;
+
+use super::size::{self, human};
+use super::table::{Align, Table};
+use super::{Context, print};
+use crate::control::NBD_SOCKET;
+use crate::control::api::Snapshots;
+use crate::disk::BlockDevice;
+use crate::nbd::address::Address;
+use crate::nbd::kernel::commands::NbdFamily;
+use crate::nbd::kernel::genetlink::KernelSocket;
+use crate::nbd::kernel::links::Links;
+use crate::nbd::kernel::sysfs::{Known, Sysfs};
+use crate::nbd::kernel::{self, MAX_CONNECTIONS, Request};
+use crate::units::DeviceId;
+
+/// Longest wait for the kernel to let a device go.
+const LETTING_GO: Duration = Duration::from_secs(30);
+
+/// `nbd`
+#[derive(Debug, Subcommand)]
+pub enum Nbd {
+    /// Make an export a block device /dev/nbdN of this machine
+    #[command(after_help = "Examples:
+  blksnap-agent nbd connect $id/sdb1               prints the device; mount it read-only from there
+  blksnap-agent nbd connect --device /dev/nbd3 --connections 8 $id/sdb1
+  mount -o ro,norecovery /dev/disk/by-blksnap/$id/sdb1 /mnt
+
+Should the daemon die, reads wait for --dead-timeout, then they fail: nothing hangs for ever. A daemon that comes
+back with the same export gives the device new connections.")]
+    Connect {
+        /// Name of the export: SNAPSHOT/DEVICE; `nbdinfo --list` and `snapshot info` show them
+        export: String,
+        /// The device; a free one when not given
+        #[arg(long, value_name = "DEVICE", value_parser = parse_index)]
+        device: Option<u32>,
+        /// Connections; as many as requests can be in flight on processors [default: 4, or what the server allows]
+        #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=MAX_CONNECTIONS as i64))]
+        connections: Option<u32>,
+        /// A request without an answer for so long ends its connection
+        #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+        timeout: u32,
+        /// Without a connection, requests wait so long for a new one, then they fail
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        dead_timeout: u32,
+        /// Logical block size, a power of two from 512 to 4096 [default: the one of the snapshot's device]
+        #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+        block_size: Option<u64>,
+        /// Refuse writes, also where the export takes them
+        #[arg(long)]
+        read_only: bool,
+        /// Server: path of a socket, or IP:PORT [default: nbd.sock beside --socket]
+        #[arg(long, value_name = "ADDRESS")]
+        server: Option<Address>,
+        /// Make no links in /dev/disk/by-blksnap
+        #[arg(long)]
+        no_links: bool,
+    },
+    /// End devices that were made by `nbd connect`
+    #[command(after_help = "Examples:
+  blksnap-agent nbd disconnect /dev/nbd0
+  blksnap-agent nbd disconnect $id/sdb1")]
+    Disconnect {
+        /// Devices, or names of exports
+        #[arg(required = true, value_name = "DEVICE|EXPORT")]
+        devices: Vec<String>,
+        /// Also while somebody has it open: reads and writes fail from then on
+        #[arg(long)]
+        force: bool,
+    },
+    /// Give devices new connections in place of dead ones; the daemon does it when it starts
+    #[command(after_help = "Example:
+  blksnap-agent nbd reconnect")]
+    Reconnect {
+        /// Devices, or names of exports; all that were made by `nbd connect` when none is named
+        #[arg(value_name = "DEVICE|EXPORT")]
+        devices: Vec<String>,
+    },
+    /// List the devices that were made by `nbd connect`
+    #[command(after_help = "Example:
+  blksnap-agent nbd list --output json | jq -r '.devices[].device'")]
+    List,
+}
+
+/// The devices that were made by `nbd connect`.
+#[derive(Debug, Serialize)]
+struct Devices {
+    devices: Vec<Device>,
+}
+
+/// A device.
+#[derive(Debug, Serialize)]
+struct Device {
+    device: PathBuf,
+    export: String,
+    server: String,
+    size: u64,
+    read_only: bool,
+    connections: u32,
+    timeout_seconds: u64,
+    dead_timeout_seconds: u64,
+    links: Vec<PathBuf>,
+}
+
+fn node(index: u32) -> String {
+    format!("nbd{index}")
+}
+
+fn path(index: u32) -> PathBuf {
+    Path::new("/dev").join(node(index))
+}
+
+fn parse_index(text: &str) -> Result<u32, String> {
+    text.strip_prefix("/dev/")
+        .unwrap_or(text)
+        .strip_prefix("nbd")
+        .and_then(|number| number.parse().ok())
+        .ok_or_else(|| "give a device such as /dev/nbd0".to_owned())
+}
+
+fn family() -> Result<NbdFamily> {
+    Ok(NbdFamily::open(Box::new(KernelSocket::open()?))?)
+}
+
+pub(super) async fn run(context: &Context, socket: &Path, command: Nbd) -> Result<()> {
+    match command {
+        Nbd::Connect {
+            export,
+            device,
+            connections,
+            timeout,
+            dead_timeout,
+            block_size,
+            read_only,
+            server,
+            no_links,
+        } => {
+            let origin = origin(context, &export, server.is_none()).await;
+            let server = match server {
+                Some(server) => server,
+                None => Address::Unix(std::path::absolute(socket.with_file_name(NBD_SOCKET))?),
+            };
+            let block_size = match block_size {
+                // Too large for the field is too large for the kernel: it is said there.
+                Some(size) => Some(u32::try_from(size).unwrap_or(u32::MAX)),
+                None => origin.as_ref().map(|origin| origin.logical_block),
+            };
+            let request = Request {
+                server,
+                export,
+                index: device,
+                connections,
+                timeout: Duration::from_secs(timeout.into()),
+                dead_timeout: Duration::from_secs(dead_timeout.into()),
+                block_size,
+                read_only,
+            };
+            connect(context, &request, origin.map(|origin| origin.id), !no_links)
+        }
+        Nbd::Disconnect { devices, force } => {
+            let mut nbd = family()?;
+            for name in &devices {
+                disconnect(context, &mut nbd, name, force)?;
+            }
+            Ok(())
+        }
+        Nbd::Reconnect { devices } => reconnect(context, &devices),
+        Nbd::List => {
+            family()?;
+            let devices = ours(&Sysfs::default()).map(describe).collect();
+            context.print(&Devices { devices }, list)
+        }
+    }
+}
+
+/// The device that a snapshot's export is an image of, if the daemon knows it and it is still there.
+async fn origin(context: &Context, export: &str, own_server: bool) -> Option<BlockDevice> {
+    if !own_server {
+        return None;
+    }
+    let known: Snapshots = context.client.get("/v1/snapshots").await.ok()?;
+    let device = known
+        .snapshots
+        .iter()
+        .flat_map(|snapshot| &snapshot.devices)
+        .find(|device| device.image.as_ref().is_some_and(|image| image.export == export))?;
+    let found = BlockDevice::open(Path::new(&device.device)).ok()?;
+    let id: DeviceId = device.id;
+    (found.id == id).then_some(found)
+}
+
+fn connect(context: &Context, request: &Request, origin: Option<DeviceId>, with_links: bool) -> Result<()> {
+    if let Some(known) = Sysfs::default().of_export(&request.export) {
+        bail!(
+            "connect \"{}\": it is {} already",
+            request.export,
+            path(known.index).display()
+        );
+    }
+    let mut nbd = family()?;
+    let made = kernel::connect(&mut nbd, request)?;
+    let links = if with_links {
+        Links::default()
+            .make(&node(made.index), &request.export, origin)
+            .with_context(|| format!("{} is connected, but it got no links", path(made.index).display()))?
+    } else {
+        Vec::new()
+    };
+    let device = Device {
+        device: path(made.index),
+        export: made.backend.export,
+        server: made.backend.server.to_string(),
+        size: made.size,
+        read_only: made.read_only,
+        connections: made.backend.connections,
+        timeout_seconds: made.backend.timeout.as_secs(),
+        dead_timeout_seconds: made.backend.dead_timeout.as_secs(),
+        links,
+    };
+    print(context.output, &device, |device| {
+        device.device.display().to_string()
+    })
+}
+
+/// The devices of ours.
+fn ours(sysfs: &Sysfs) -> impl Iterator<Item = Known> {
+    sysfs
+        .devices()
+        .into_iter()
+        .filter(|known| known.backend.is_some())
+}
+
+/// The device of ours with this path or this export.
+fn find(name: &str) -> Result<Known> {
+    let sysfs = Sysfs::default();
+    let known = match parse_index(name) {
+        Ok(index) => sysfs.device(index).filter(|known| known.backend.is_some()),
+        Err(_) => sysfs.of_export(name),
+    };
+    known.ok_or_else(|| anyhow!("{name} is no device made by `nbd connect`: see `blksnap-agent nbd list`"))
+}
+
+fn disconnect(context: &Context, nbd: &mut NbdFamily, name: &str, force: bool) -> Result<()> {
+    let known = find(name)?;
+    let device = path(known.index);
+    if !force {
+        let flags = OFlag::O_RDONLY | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+        match open(&device, flags, Mode::empty()) {
+            Ok(_) => {}
+            Err(Errno::EBUSY) => {
+                bail!(
+                    "disconnect {}: it is mounted or otherwise in use: unmount it first, or use --force",
+                    device.display()
+                )
+            }
+            // A device whose connections are dead can't be opened, but it can be ended.
+            Err(_) => {}
+        }
+    }
+    nbd.disconnect(known.index)?;
+    let started = Instant::now();
+    while Sysfs::default()
+        .device(known.index)
+        .is_some_and(|now| now.connected)
+    {
+        if started.elapsed() > LETTING_GO {
+            bail!(
+                "disconnect {}: the kernel still has it after {} s: somebody has it open",
+                device.display(),
+                LETTING_GO.as_secs()
+            );
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Links::default()
+        .remove(&node(known.index))
+        .with_context(|| format!("remove the links of {}", device.display()))?;
+    print(
+        context.output,
+        &serde_json::json!({"disconnected": device}),
+        |_| format!("{}: disconnected", device.display()),
+    )
+}
+
+fn reconnect(context: &Context, names: &[String]) -> Result<()> {
+    let mut nbd = family()?;
+    let sysfs = Sysfs::default();
+    let wanted: Vec<Known> = if names.is_empty() {
+        ours(&sysfs).collect()
+    } else {
+        names.iter().map(|name| find(name)).collect::<Result<_>>()?
+    };
+    for known in wanted {
+        kernel::reconnect(&mut nbd, &sysfs, known.index)?;
+        let device = path(known.index);
+        print(
+            context.output,
+            &serde_json::json!({"reconnected": device}),
+            |_| format!("{}: reconnected", device.display()),
+        )?;
+    }
+    Ok(())
+}
+
+fn describe(known: Known) -> Device {
+    let backend = known.backend;
+    let text = |get: fn(&kernel::backend::Backend) -> String| backend.as_ref().map(get).unwrap_or_default();
+    let number = |get: fn(&kernel::backend::Backend) -> u64| backend.as_ref().map(get).unwrap_or_default();
+    Device {
+        device: path(known.index),
+        export: text(|backend| backend.export.clone()),
+        server: text(|backend| backend.server.to_string()),
+        size: known.size,
+        read_only: known.read_only,
+        connections: backend.as_ref().map_or(0, |backend| backend.connections),
+        timeout_seconds: number(|backend| backend.timeout.as_secs()),
+        dead_timeout_seconds: number(|backend| backend.dead_timeout.as_secs()),
+        links: Links::default().of(&node(known.index)).unwrap_or_default(),
+    }
+}
+
+fn list(devices: &Devices) -> String {
+    if devices.devices.is_empty() {
+        return "no device: `blksnap-agent nbd connect EXPORT` makes one\n".to_owned();
+    }
+    let mut table = Table::new([
+        ("DEVICE", Align::Left),
+        ("SIZE", Align::Right),
+        ("MODE", Align::Left),
+        ("CONNECTIONS", Align::Right),
+        ("EXPORT", Align::Left),
+        ("SERVER", Align::Left),
+    ]);
+    for device in &devices.devices {
+        table.row([
+            device.device.display().to_string(),
+            human(device.size),
+            if device.read_only { "ro" } else { "rw" }.to_owned(),
+            device.connections.to_string(),
+            device.export.clone(),
+            device.server.clone(),
+        ]);
+    }
+    table.text()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_named_by_node() {
+        for text in ["/dev/nbd7", "nbd7"] {
+            assert_eq!(parse_index(text), Ok(7));
+        }
+        for wrong in ["", "nbd", "7", "/dev/sda", "/dev/nbd7p1", "id/nbd7", "nbd-1"] {
+            assert!(parse_index(wrong).is_err(), "{wrong}");
+        }
+    }
+}
