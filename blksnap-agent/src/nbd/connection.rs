@@ -34,7 +34,7 @@ use super::proto::transmission::Refused;
 use super::proto::wire::CommandType;
 use super::proto::{
     Command, ErrorCode, Established, Event, Handshake, HandshakeError, Request, Requests, SelectedContext,
-    Session, StatusExtent, Step, Ticket, TransmissionError,
+    Session, StatusExtent, Step, Ticket, Tls, TransmissionError,
 };
 use super::registry::{Entry, Exports};
 
@@ -127,7 +127,7 @@ where
     W: AsyncWrite + Unpin,
 {
     let mut output = Vec::new();
-    let mut handshake = Handshake::start(&mut output);
+    let mut handshake = Handshake::start(Tls::Unavailable, &mut output);
     let mut told = false;
     loop {
         let mut rest: &[u8] = input;
@@ -139,6 +139,8 @@ where
         match step? {
             Step::NeedMore => {}
             Step::Replied => continue,
+            // Not reached: TLS is not offered.
+            Step::StartTls => return Err(HandshakeError::Over.into()),
             Step::Enter(established) => return Ok(Some(established)),
             Step::End => {
                 writer.shutdown().await?;

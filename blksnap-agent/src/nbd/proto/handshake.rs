@@ -9,20 +9,36 @@
 //! skipped and answered with an error. No input can make the server do more than look up names.
 //!
 //! # TLS
-//! The server is in the specification's NOTLS mode: `NBD_OPT_STARTTLS` is answered with `NBD_REP_ERR_UNSUP`.
+//! The caller says in which of the specification's modes ([`Tls`]) the session is. After [`Step::StartTls`] it sends the
+//! output, carries the TLS handshake out, and calls [`Handshake::tls_started`]; what it received before belongs to
+//! nobody: bytes behind `NBD_OPT_STARTTLS` end the session, and nothing that was negotiated in the clear counts
+//! afterwards, so that nobody in between can prepare a session.
 
 use zerocopy::IntoBytes;
 
-use super::catalog::{BlockSizes, Catalog, ExportFacts, Found};
-use super::context::{ContextName, SelectedContext};
-use super::limits::{MAX_CONTEXTS, MAX_OPTION_DATA, MAX_OPTIONS, MAX_STRING};
-use super::option::{ContextRequest, InfoRequest, Refusal, string, write_ack, write_refusal, write_reply};
-use super::transmission::{Framing, Session};
+use super::catalog::Catalog;
+use super::context::SelectedContext;
+use super::limits::{MAX_OPTION_DATA, MAX_OPTIONS, MAX_STRING};
+use super::option::Refusal;
+use super::session::{Framing, Session};
 use super::wire::{
-    ClientFlags, EXPORT_NAME_ZEROES, ExportNameReply, GREETING_MAGIC, Greeting, HandshakeFlags,
-    InfoBlockSize, InfoExport, InfoType, OPTION_MAGIC, OptionHeader, OptionReplyType, OptionType,
-    TransmissionFlags,
+    ClientFlags, GREETING_MAGIC, Greeting, HandshakeFlags, OPTION_MAGIC, OptionHeader, OptionReplyType,
+    OptionType,
 };
+
+/// How the session stands to TLS ("Server-side requirements").
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tls {
+    /// Not available (NOTLS).
+    #[default]
+    Unavailable,
+    /// Available, and no export requires it (SELECTIVETLS without a TLS-only export).
+    Offered,
+    /// Nothing but `NBD_OPT_STARTTLS` and `NBD_OPT_ABORT` is answered without it (FORCEDTLS).
+    Required,
+    /// In use.
+    Active,
+}
 
 /// Outcome of a handshake.
 #[derive(Clone, Debug)]
@@ -42,6 +58,9 @@ pub enum Step<E> {
     NeedMore,
     /// Send the output, then call again: input may be left.
     Replied,
+    /// Send the output, start TLS on the connection, say so with [`Handshake::tls_started`], then call again. The
+    /// input is empty.
+    StartTls,
     /// Send the output; what is left of the input and all that follows is transmission.
     Enter(Box<Established<E>>),
     /// Send the output, then close.
@@ -66,26 +85,40 @@ pub enum HandshakeError {
     /// The client keeps sending options.
     #[error("more than {MAX_OPTIONS} options")]
     TooManyOptions,
-    /// Input after the handshake ended.
+    /// The client went on in the clear where TLS begins.
+    #[error("data in the clear follows NBD_OPT_STARTTLS")]
+    Plaintext,
+    /// Input after the handshake ended, or while TLS is being started.
     #[error("the handshake is over")]
     Over,
 }
 
 /// How an option is answered once its data was skipped.
 #[derive(Clone, Copy, Debug)]
-enum Answer {
+pub(super) enum Answer {
     /// Acknowledge and end.
     Abort,
     /// List the exports.
     List,
     /// Use this form of requests and replies.
     Framing(OptionType, Framing),
+    /// Acknowledge and start TLS.
+    StartTls,
     /// Refuse.
     Refuse(Refusal),
 }
 
+/// What an option's header decides.
 #[derive(Clone, Copy, Debug)]
-enum State {
+enum Plan {
+    /// Drop the data and answer so.
+    Answer(Answer),
+    /// Keep the data, the answer depends on it.
+    Collect(OptionType),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum State {
     /// Waiting for the client flags.
     ClientFlags,
     /// Waiting for the header of an option.
@@ -94,27 +127,30 @@ enum State {
     Data { option: OptionType, length: usize },
     /// Dropping the data of an option.
     Skip { option: u32, left: u32, answer: Answer },
+    /// The caller starts TLS.
+    Upgrade,
     /// Ended or in transmission.
     Over,
 }
 
 /// Contexts of one export.
 #[derive(Debug)]
-struct Selection {
-    export: String,
-    contexts: Vec<SelectedContext>,
+pub(super) struct Selection {
+    pub(super) export: String,
+    pub(super) contexts: Vec<SelectedContext>,
 }
 
 /// The server's side of one handshake.
 #[derive(Debug)]
 pub struct Handshake {
-    state: State,
+    pub(super) state: State,
+    tls: Tls,
     /// What has arrived of the message that `state` waits for.
     buffer: Vec<u8>,
     fixed: bool,
-    no_zeroes: bool,
-    framing: Framing,
-    selection: Option<Selection>,
+    pub(super) no_zeroes: bool,
+    pub(super) framing: Framing,
+    pub(super) selection: Option<Selection>,
     options: u32,
     ending: bool,
 }
@@ -122,7 +158,7 @@ pub struct Handshake {
 impl Handshake {
     /// Starts a handshake and appends the greeting to `out`.
     #[must_use]
-    pub fn start(out: &mut Vec<u8>) -> Self {
+    pub fn start(tls: Tls, out: &mut Vec<u8>) -> Self {
         let flags = HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES;
         let greeting = Greeting {
             magic: GREETING_MAGIC.into(),
@@ -132,6 +168,7 @@ impl Handshake {
         out.extend_from_slice(greeting.as_bytes());
         Self {
             state: State::ClientFlags,
+            tls,
             buffer: Vec::new(),
             fixed: false,
             no_zeroes: false,
@@ -139,6 +176,16 @@ impl Handshake {
             selection: None,
             options: 0,
             ending: false,
+        }
+    }
+
+    /// TLS is in use from now on. Everything that was negotiated before is forgotten.
+    pub fn tls_started(&mut self) {
+        self.tls = Tls::Active;
+        self.framing = Framing::Simple;
+        self.selection = None;
+        if let State::Upgrade = self.state {
+            self.state = State::Header;
         }
     }
 
@@ -194,9 +241,12 @@ impl Handshake {
                         return Ok(Step::NeedMore);
                     }
                     self.state = State::Header;
+                    if let (Answer::StartTls, false) = (answer, input.is_empty()) {
+                        return Err(HandshakeError::Plaintext);
+                    }
                     return Ok(self.answer(option, answer, catalog, out));
                 }
-                State::Over => return Err(HandshakeError::Over),
+                State::Upgrade | State::Over => return Err(HandshakeError::Over),
             }
         }
     }
@@ -242,54 +292,26 @@ impl Handshake {
         if !self.fixed && option != Some(OptionType::ExportName) {
             return Err(HandshakeError::NotFixed(number));
         }
-        let answer = match option {
-            // Extended headers need `NBD_OPT_GO`.
-            Some(OptionType::ExportName)
-                if self.ending || length as usize > MAX_STRING || self.framing == Framing::Extended =>
-            {
-                return Err(HandshakeError::ExportName);
+        if option == Some(OptionType::ExportName)
+            && (self.ending
+                || length as usize > MAX_STRING
+                || self.tls == Tls::Required
+                // These need `NBD_OPT_GO`.
+                || self.framing == Framing::Extended)
+        {
+            return Err(HandshakeError::ExportName);
+        }
+        if option == Some(OptionType::SetMetaContext) {
+            // A failing one replaces the selection too.
+            self.selection = None;
+        }
+        let answer = match self.consider(option, length) {
+            Plan::Answer(answer) => answer,
+            Plan::Collect(option) if length <= MAX_OPTION_DATA => {
+                let length = length as usize;
+                return Ok(State::Data { option, length });
             }
-            Some(OptionType::Abort) => Answer::Abort,
-            _ if self.ending => Answer::Refuse(Refusal {
-                reply: OptionReplyType::ErrShutdown,
-                message: "the server is shutting down",
-            }),
-            Some(
-                option @ (OptionType::ExportName
-                | OptionType::Info
-                | OptionType::Go
-                | OptionType::ListMetaContext
-                | OptionType::SetMetaContext),
-            ) => {
-                if option == OptionType::SetMetaContext {
-                    // A failing one replaces the selection too.
-                    self.selection = None;
-                }
-                if length <= MAX_OPTION_DATA {
-                    let length = length as usize;
-                    return Ok(State::Data { option, length });
-                }
-                Answer::Refuse(Refusal::too_big("this option's data is too long"))
-            }
-            Some(
-                OptionType::List
-                | OptionType::StructuredReply
-                | OptionType::ExtendedHeaders
-                | OptionType::StartTls,
-            ) if length > 0 => Answer::Refuse(Refusal::invalid("this option carries no data")),
-            Some(OptionType::List) => Answer::List,
-            Some(OptionType::StructuredReply) if self.framing == Framing::Extended => {
-                Answer::Refuse(Refusal {
-                    reply: OptionReplyType::ErrExtendedHeadersRequired,
-                    message: "extended headers were negotiated, which include structured replies",
-                })
-            }
-            Some(option @ OptionType::StructuredReply) => Answer::Framing(option, Framing::Structured),
-            Some(option @ OptionType::ExtendedHeaders) => Answer::Framing(option, Framing::Extended),
-            Some(OptionType::StartTls) => {
-                Answer::Refuse(Refusal::unsupported("this server does not offer TLS"))
-            }
-            None => Answer::Refuse(Refusal::unsupported("this option is unknown")),
+            Plan::Collect(_) => Answer::Refuse(Refusal::too_big("this option's data is too long")),
         };
         Ok(State::Skip {
             option: number,
@@ -298,230 +320,46 @@ impl Handshake {
         })
     }
 
-    /// Answers an option that needs no data.
-    fn answer<C: Catalog>(
-        &mut self,
-        number: u32,
-        answer: Answer,
-        catalog: &C,
-        out: &mut Vec<u8>,
-    ) -> Step<C::Export> {
-        match answer {
-            Answer::Abort => {
-                write_ack(out, OptionType::Abort);
-                self.state = State::Over;
-                return Step::End;
+    /// What to do with an option, from its header.
+    fn consider(&self, option: Option<OptionType>, length: u32) -> Plan {
+        let refuse = |reply, message| Plan::Answer(Answer::Refuse(Refusal { reply, message }));
+        match option {
+            Some(OptionType::Abort) => Plan::Answer(Answer::Abort),
+            _ if self.tls == Tls::Required && option != Some(OptionType::StartTls) => refuse(
+                OptionReplyType::ErrTlsRequired,
+                "this server speaks with TLS only: start it first",
+            ),
+            _ if self.ending => refuse(OptionReplyType::ErrShutdown, "the server is shutting down"),
+            Some(
+                OptionType::List
+                | OptionType::StructuredReply
+                | OptionType::ExtendedHeaders
+                | OptionType::StartTls,
+            ) if length > 0 => refuse(OptionReplyType::ErrInvalid, "this option carries no data"),
+            Some(OptionType::List) => Plan::Answer(Answer::List),
+            Some(OptionType::StructuredReply) if self.framing == Framing::Extended => refuse(
+                OptionReplyType::ErrExtendedHeadersRequired,
+                "extended headers were negotiated, which include structured replies",
+            ),
+            Some(option @ OptionType::StructuredReply) => {
+                Plan::Answer(Answer::Framing(option, Framing::Structured))
             }
-            Answer::List => {
-                for export in catalog.list() {
-                    let name = export.name.as_bytes();
-                    let length = u32::try_from(name.len()).unwrap_or(u32::MAX).to_be_bytes();
-                    let parts: [&[u8]; 3] = [&length, name, export.description.as_bytes()];
-                    write_reply(out, number, OptionReplyType::Server, &parts);
-                }
-                write_ack(out, OptionType::List);
+            Some(option @ OptionType::ExtendedHeaders) => {
+                Plan::Answer(Answer::Framing(option, Framing::Extended))
             }
-            Answer::Framing(option, framing) => {
-                self.framing = framing;
-                write_ack(out, option);
-            }
-            Answer::Refuse(refusal) => write_refusal(out, number, refusal),
-        }
-        Step::Replied
-    }
-
-    /// Answers an option from its data.
-    fn answer_data<C: Catalog>(
-        &mut self,
-        option: OptionType,
-        data: &[u8],
-        catalog: &C,
-        out: &mut Vec<u8>,
-    ) -> Result<Step<C::Export>, HandshakeError> {
-        let answered = match option {
-            OptionType::ExportName => {
-                let name = string(data).map_err(|_| HandshakeError::ExportName)?;
-                let found = catalog.find(name).ok_or(HandshakeError::ExportName)?;
-                self.write_export_name(&found.facts, out);
-                return Ok(self.enter(found));
-            }
-            OptionType::Info | OptionType::Go => match self.info(option, data, catalog, out) {
-                Ok(found) if option == OptionType::Go => return Ok(self.enter(found)),
-                other => other.map(drop),
+            Some(OptionType::StartTls) => match self.tls {
+                Tls::Unavailable => refuse(OptionReplyType::ErrUnsupported, "this server does not offer TLS"),
+                Tls::Active => refuse(OptionReplyType::ErrInvalid, "TLS is in use already"),
+                Tls::Offered | Tls::Required => Plan::Answer(Answer::StartTls),
             },
-            OptionType::ListMetaContext => self.list_contexts(data, catalog, out),
-            OptionType::SetMetaContext => self.set_contexts(data, catalog, out),
-            _ => Err(Refusal::unsupported("this option is unknown")),
-        };
-        if let Err(refusal) = answered {
-            write_refusal(out, option.number(), refusal);
-        }
-        Ok(Step::Replied)
-    }
-
-    /// Transmission flags that this client gets for an export.
-    fn flags(&self, facts: &ExportFacts) -> TransmissionFlags {
-        let mut flags =
-            TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FLUSH | TransmissionFlags::SEND_CACHE;
-        flags.set(TransmissionFlags::ROTATIONAL, facts.rotational);
-        flags.set(TransmissionFlags::CAN_MULTI_CONN, facts.multi_conn);
-        flags.set(TransmissionFlags::SEND_DF, self.framing.has_chunks());
-        flags.set(
-            TransmissionFlags::BLOCK_STATUS_PAYLOAD,
-            self.framing == Framing::Extended && !self.selected(facts).is_empty(),
-        );
-        if facts.read_only {
-            flags |= TransmissionFlags::READ_ONLY;
-        } else {
-            flags |= TransmissionFlags::SEND_FUA
-                | TransmissionFlags::SEND_TRIM
-                | TransmissionFlags::SEND_WRITE_ZEROES
-                | TransmissionFlags::SEND_FAST_ZERO;
-        }
-        flags
-    }
-
-    fn write_export_name(&self, facts: &ExportFacts, out: &mut Vec<u8>) {
-        let reply = ExportNameReply {
-            size: facts.size.into(),
-            flags: self.flags(facts).bits().into(),
-        };
-        out.extend_from_slice(reply.as_bytes());
-        if !self.no_zeroes {
-            out.extend_from_slice(&[0; EXPORT_NAME_ZEROES]);
+            Some(
+                option @ (OptionType::ExportName
+                | OptionType::Info
+                | OptionType::Go
+                | OptionType::ListMetaContext
+                | OptionType::SetMetaContext),
+            ) => Plan::Collect(option),
+            None => refuse(OptionReplyType::ErrUnsupported, "this option is unknown"),
         }
     }
-
-    /// `NBD_OPT_INFO` and `NBD_OPT_GO`: the same answers.
-    fn info<C: Catalog>(
-        &self,
-        option: OptionType,
-        data: &[u8],
-        catalog: &C,
-        out: &mut Vec<u8>,
-    ) -> Result<Found<C::Export>, Refusal> {
-        let request = InfoRequest::parse(data)?;
-        let found = catalog.find(request.name).ok_or(Refusal::unknown_export())?;
-        let facts = &found.facts;
-        let mut reply = |parts: &[&[u8]]| write_reply(out, option.number(), OptionReplyType::Info, parts);
-        reply(&[InfoExport {
-            kind: InfoType::Export.number().into(),
-            size: facts.size.into(),
-            flags: self.flags(facts).bits().into(),
-        }
-        .as_bytes()]);
-        if request.wants_name || request.name != facts.name {
-            reply(&[&InfoType::Name.number().to_be_bytes(), facts.name.as_bytes()]);
-        }
-        if request.wants_description && !facts.description.is_empty() {
-            let kind = InfoType::Description.number().to_be_bytes();
-            reply(&[&kind, facts.description.as_bytes()]);
-        }
-        if request.wants_block_size || facts.block_sizes != BlockSizes::DEFAULT {
-            reply(&[InfoBlockSize {
-                kind: InfoType::BlockSize.number().into(),
-                minimum: facts.block_sizes.minimum().into(),
-                preferred: facts.block_sizes.preferred().into(),
-                maximum: facts.block_sizes.maximum().into(),
-            }
-            .as_bytes()]);
-        }
-        write_ack(out, option);
-        Ok(found)
-    }
-
-    fn contexts_of<'a, C: Catalog>(
-        &self,
-        data: &'a [u8],
-        catalog: &C,
-    ) -> Result<(ContextRequest<'a>, ExportFacts), Refusal> {
-        if !self.framing.has_chunks() {
-            return Err(Refusal::invalid(
-                "metadata contexts need structured replies: negotiate them first",
-            ));
-        }
-        let request = ContextRequest::parse(data)?;
-        let found = catalog.find(request.name).ok_or(Refusal::unknown_export())?;
-        Ok((request, found.facts))
-    }
-
-    fn list_contexts<C: Catalog>(&self, data: &[u8], catalog: &C, out: &mut Vec<u8>) -> Result<(), Refusal> {
-        let (request, facts) = self.contexts_of(data, catalog)?;
-        for name in &facts.contexts {
-            if request.queries.is_empty() || request.queries.iter().any(|query| name.is_listed_by(query)) {
-                write_context(out, OptionType::ListMetaContext, 0, name);
-            }
-        }
-        write_ack(out, OptionType::ListMetaContext);
-        Ok(())
-    }
-
-    fn set_contexts<C: Catalog>(
-        &mut self,
-        data: &[u8],
-        catalog: &C,
-        out: &mut Vec<u8>,
-    ) -> Result<(), Refusal> {
-        let (request, facts) = self.contexts_of(data, catalog)?;
-        let contexts: Vec<SelectedContext> = (1..)
-            .zip(&facts.contexts)
-            .filter(|(_, name)| request.queries.iter().any(|query| name.is_selected_by(query)))
-            .map(|(id, name)| SelectedContext {
-                id,
-                name: name.clone(),
-            })
-            .collect();
-        if contexts.len() > MAX_CONTEXTS {
-            return Err(Refusal::too_big("at most 16 metadata contexts can be selected"));
-        }
-        for context in &contexts {
-            write_context(out, OptionType::SetMetaContext, context.id, &context.name);
-        }
-        write_ack(out, OptionType::SetMetaContext);
-        self.selection = Some(Selection {
-            export: facts.name,
-            contexts,
-        });
-        Ok(())
-    }
-
-    /// Contexts that were selected for this export: they count only for the export they were selected on, and only if
-    /// it still has all of them (another export may have taken the name meanwhile).
-    fn selected(&self, facts: &ExportFacts) -> &[SelectedContext] {
-        self.selection
-            .as_ref()
-            .filter(|selection| {
-                selection.export == facts.name
-                    && selection
-                        .contexts
-                        .iter()
-                        .all(|context| facts.contexts.contains(&context.name))
-            })
-            .map(|selection| selection.contexts.as_slice())
-            .unwrap_or_default()
-    }
-
-    /// Ends the handshake with this export.
-    fn enter<E>(&mut self, found: Found<E>) -> Step<E> {
-        self.state = State::Over;
-        let facts = found.facts;
-        let session = Session {
-            framing: self.framing,
-            size: facts.size,
-            block_sizes: facts.block_sizes,
-            flags: self.flags(&facts),
-            contexts: self.selected(&facts).to_vec(),
-        };
-        Step::Enter(Box::new(Established {
-            export: found.export,
-            name: facts.name,
-            session,
-        }))
-    }
-}
-
-/// Appends `NBD_REP_META_CONTEXT`.
-fn write_context(out: &mut Vec<u8>, option: OptionType, id: u32, name: &ContextName) {
-    let parts: [&[u8]; 2] = [&id.to_be_bytes(), name.as_str().as_bytes()];
-    write_reply(out, option.number(), OptionReplyType::MetaContext, &parts);
 }

@@ -14,13 +14,14 @@
 //! | [`option`] | data of options, parsed; replies to options |
 //! | [`catalog`] | what the handshake must know of the exports |
 //! | [`context`] | names of metadata contexts and queries for them |
-//! | [`handshake`] | greeting to transmission |
+//! | [`handshake`] | greeting to transmission; `answer`: what options are answered with |
 //! | [`session`] | what was agreed |
 //! | [`request`] | commands, and their headers |
 //! | `check` | a request against what was agreed |
 //! | [`transmission`] | bytes to requests |
 //! | [`reply`] | replies |
 
+mod answer;
 pub mod catalog;
 mod check;
 pub mod context;
@@ -39,7 +40,7 @@ mod tests;
 
 pub use catalog::{BlockSizeError, BlockSizes, Catalog, ExportFacts, Found, Listed};
 pub use context::{ContextName, ContextSet, SelectedContext};
-pub use handshake::{Established, Handshake, HandshakeError, Step};
+pub use handshake::{Established, Handshake, HandshakeError, Step, Tls};
 pub use reply::{StatusExtent, Ticket};
 pub use request::{Command, Event, Refused, Request};
 pub use session::{Framing, Session};

@@ -42,7 +42,7 @@ pub(super) fn contexts(name: &str, queries: &[&str]) -> Vec<u8> {
 /// Client flags of a client that speaks fixed newstyle and wants no zeroes.
 const FLAGS: [u8; 4] = [0, 0, 0, 3];
 
-type Reply = (u32, OptionReplyType, Vec<u8>);
+pub(super) type Reply = (u32, OptionReplyType, Vec<u8>);
 
 /// Sends these options after the flags and gives the replies.
 fn talk(options: &[Vec<u8>]) -> (Vec<Reply>, Outcome) {
@@ -51,7 +51,7 @@ fn talk(options: &[Vec<u8>]) -> (Vec<Reply>, Outcome) {
     (replies(&out[18..]), outcome)
 }
 
-fn replies(mut bytes: &[u8]) -> Vec<Reply> {
+pub(super) fn replies(mut bytes: &[u8]) -> Vec<Reply> {
     let mut replies = Vec::new();
     while !bytes.is_empty() {
         assert_eq!(bytes[..8], REPLY_MAGIC.to_be_bytes());
@@ -65,7 +65,7 @@ fn replies(mut bytes: &[u8]) -> Vec<Reply> {
 }
 
 /// The reply types only.
-fn kinds(replies: &[Reply]) -> Vec<OptionReplyType> {
+pub(super) fn kinds(replies: &[Reply]) -> Vec<OptionReplyType> {
     replies.iter().map(|(_, kind, _)| *kind).collect()
 }
 
@@ -563,7 +563,7 @@ fn options_are_bounded() {
 #[test]
 fn a_server_that_ends_refuses_all_but_abort() {
     let mut out = Vec::new();
-    let mut handshake = Handshake::start(&mut out);
+    let mut handshake = Handshake::start(Tls::Unavailable, &mut out);
     let mut answer = |input: &[u8]| {
         let mut out = Vec::new();
         let step = handshake.receive(&mut &*input, &Shelf, &mut out);
@@ -587,7 +587,7 @@ fn a_server_that_ends_refuses_all_but_abort() {
 #[test]
 fn nothing_is_taken_after_the_end() {
     let mut out = Vec::new();
-    let mut handshake = Handshake::start(&mut out);
+    let mut handshake = Handshake::start(Tls::Unavailable, &mut out);
     let input = [FLAGS.to_vec(), option(2, b"")].concat();
     assert!(matches!(
         handshake.receive(&mut &*input, &Shelf, &mut out),

@@ -3,11 +3,12 @@
 mod handshake;
 mod properties;
 mod reply;
+mod tls;
 mod transmission;
 
 use super::catalog::{BlockSizes, Catalog, ExportFacts, Found, Listed};
 use super::context::ContextName;
-use super::handshake::{Established, Handshake, HandshakeError, Step};
+use super::handshake::{Established, Handshake, HandshakeError, Step, Tls};
 
 /// Size of the test export in bytes.
 const SIZE: u64 = 1 << 20;
@@ -74,8 +75,13 @@ enum Outcome {
 
 /// Feeds `input` in the given pieces and gives the output, the outcome and the bytes left over.
 fn feed<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Vec<u8>, Outcome, Vec<u8>) {
+    feed_with(Tls::Unavailable, pieces)
+}
+
+/// The same in this mode. TLS starts as if it had no bytes of its own, at the end of a piece.
+fn feed_with<'a>(tls: Tls, pieces: impl IntoIterator<Item = &'a [u8]>) -> (Vec<u8>, Outcome, Vec<u8>) {
     let mut out = Vec::new();
-    let mut handshake = Handshake::start(&mut out);
+    let mut handshake = Handshake::start(tls, &mut out);
     let mut pieces = pieces.into_iter();
     let mut outcome = Outcome::More;
     let mut left = Vec::new();
@@ -90,6 +96,11 @@ fn feed<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Vec<u8>, Outcome, Ve
                     break;
                 }
                 Ok(Step::Replied) => continue,
+                Ok(Step::StartTls) => {
+                    assert!(input.is_empty(), "TLS starts after data in the clear");
+                    handshake.tls_started();
+                    break;
+                }
                 Ok(Step::Enter(established)) => outcome = Outcome::Entered(established),
                 Ok(Step::End) => outcome = Outcome::Ended,
                 Err(error) => outcome = Outcome::Error(error),
