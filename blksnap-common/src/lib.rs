@@ -4,11 +4,13 @@
 //! - [`uapi`]: the names, numbers and layouts of the original's control interface.
 //! - [`blockrange`]: the arithmetic from a bio to bits, pure, so that it is tested on the host and compiled for
 //!   the kernel unchanged.
+//! - [`passthrough`]: which commands past the block layer may change a disk, in the same way.
 //!
 //! All structs are `#[repr(C)]`, without implicit padding, `bool` or `Option`; their sizes are asserted at
 //! compile time. A change of any of them raises [`track::ABI_VERSION`].
 #![no_std]
 
 pub mod blockrange;
+pub mod passthrough;
 pub mod track;
 pub mod uapi;

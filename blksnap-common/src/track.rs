@@ -1,7 +1,7 @@
 //! Tracking ABI: maps, records and counters shared by the tracking programs and the agent.
 
 /// Version of everything in this module. An agent never adopts maps of another version.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Number of slots: tracked (disk, first sector, last sector) ranges over all disks.
 pub const MAX_SLOTS: u32 = 256;
@@ -215,6 +215,35 @@ pub struct SlotState {
     pub ledger_lost: u64,
     /// Writes that completed under [`SLOT_LEDGER`] without an entry: they were submitted before it was set.
     pub unknown_completions: u64,
+    /// Commands past the block layer's writes ([`crate::passthrough`]) that may have changed the device.
+    pub passthrough: u64,
+}
+
+/// Entries of the `GUARDS` map.
+pub const GUARDS: u32 = 1024;
+
+/// [`Guard::disk`] of an entry that is not in use.
+pub const GUARD_FREE: u32 = 0;
+
+/// [`Guard::disk`] of an entry for every disk without a node of its own (`GENHD_FL_HIDDEN`): the paths of an NVMe
+/// multipath disk.
+pub const GUARD_HIDDEN: u32 = u32::MAX - 1;
+
+/// [`Guard::disk`] of an entry for queues without a disk: the admin queue of an NVMe controller.
+pub const GUARD_CONTROLLER: u32 = u32::MAX - 2;
+
+/// A slot that wants to know of passthrough commands to a disk: its own, or one beneath it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Guard {
+    /// The disk, as the kernel's `dev_t`, or one of the values above.
+    pub disk: u32,
+    /// Slot id.
+    pub slot: u32,
+    /// [`crate::passthrough::Commands`] that the disk takes, as a number.
+    pub commands: u32,
+    /// Always 0.
+    pub reserved: u32,
 }
 
 /// A range of a disk in the ledger.
@@ -245,14 +274,15 @@ const _: () = {
     assert!(size_of::<DiskSlots>() == 24 + 32 * SLOTS_PER_DISK);
     assert!(size_of::<Record>() == RECORD_BYTES as usize);
     assert!(size_of::<SlotCounters>() == 8 * (2 * KIND_ENTRIES + 2));
-    assert!(size_of::<SlotState>() == 40);
+    assert!(size_of::<SlotState>() == 48);
+    assert!(size_of::<Guard>() == 16);
     assert!(size_of::<LedgerEntry>() == 40);
     assert!(OP_KINDS <= KIND_ENTRIES && KIND_ENTRIES.is_power_of_two());
 };
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{DiskSlots, LedgerEntry, Record, SlotCounters, SlotState};
+    use super::{DiskSlots, Guard, LedgerEntry, Record, SlotCounters, SlotState};
 
     // SAFETY: repr(C), no padding (sizes asserted above), every bit pattern is a value.
     unsafe impl aya::Pod for DiskSlots {}
@@ -262,6 +292,8 @@ mod user {
     unsafe impl aya::Pod for SlotState {}
     // SAFETY: as above.
     unsafe impl aya::Pod for LedgerEntry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Guard {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Record {}
 }

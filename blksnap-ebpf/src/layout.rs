@@ -6,6 +6,8 @@ use core::ptr::read_volatile;
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_ebpf::{EbpfContext, Global};
+use blksnap_common::blockrange::REQ_OP_MASK;
+use blksnap_common::passthrough::{COMMAND_BYTES, Direction};
 
 /// Value of a global before the loader sets it. No other constant of the programs has it: the compiler may
 /// give equal constants one address, and would then read a key of 0 from a global that the loader changed.
@@ -47,6 +49,36 @@ static REQUEST_BIO: Global<u32> = Global::new(UNSET);
 /// Bit number of `BIO_TRACE_COMPLETION` in `bi_flags`.
 #[unsafe(no_mangle)]
 static TRACE_COMPLETION_BIT: Global<u32> = Global::new(UNSET);
+/// `request.cmd_flags`.
+#[unsafe(no_mangle)]
+static REQUEST_FLAGS: Global<u32> = Global::new(UNSET);
+/// `request.__data_len`.
+#[unsafe(no_mangle)]
+static REQUEST_BYTES: Global<u32> = Global::new(UNSET);
+/// `request.q`.
+#[unsafe(no_mangle)]
+static REQUEST_QUEUE: Global<u32> = Global::new(UNSET);
+/// `request_queue.disk`.
+#[unsafe(no_mangle)]
+static QUEUE_DISK: Global<u32> = Global::new(UNSET);
+/// `gendisk.flags`.
+#[unsafe(no_mangle)]
+static DISK_GENHD_FLAGS: Global<u32> = Global::new(UNSET);
+/// `GENHD_FL_HIDDEN`.
+#[unsafe(no_mangle)]
+static HIDDEN_FLAG: Global<u32> = Global::new(UNSET);
+/// `REQ_OP_DRV_IN`.
+#[unsafe(no_mangle)]
+static OP_DRV_IN: Global<u32> = Global::new(UNSET);
+/// `REQ_OP_DRV_OUT`.
+#[unsafe(no_mangle)]
+static OP_DRV_OUT: Global<u32> = Global::new(UNSET);
+/// From a request to the CDB in the driver's part behind it.
+#[unsafe(no_mangle)]
+static SCSI_CDB: Global<u32> = Global::new(UNSET);
+/// From a request to the pointer to an NVMe command in the driver's part behind it.
+#[unsafe(no_mangle)]
+static NVME_COMMAND: Global<u32> = Global::new(UNSET);
 /// Index of the bio among the arguments of `block_bio_complete`.
 #[unsafe(no_mangle)]
 static COMPLETE_BIO_ARG: Global<u32> = Global::new(UNSET);
@@ -204,12 +236,85 @@ impl ListedBio {
     }
 }
 
+/// A request, borrowed from `block_rq_issue`.
+pub(crate) struct Request {
+    address: *const u8,
+}
+
+impl Request {
+    /// The request of the tracepoint.
+    #[inline(always)]
+    pub(crate) fn of_issue(ctx: &BtfTracePointContext) -> Self {
+        Self {
+            address: first_argument(ctx),
+        }
+    }
+
+    /// The address.
+    #[inline(always)]
+    pub(crate) fn key(&self) -> u64 {
+        self.address as u64
+    }
+
+    /// The direction of a passthrough request; `None` for every other one.
+    #[inline(always)]
+    pub(crate) fn passthrough(&self) -> Option<Direction> {
+        // SAFETY: `address` is an argument of the tracepoint.
+        let flags: u32 = unsafe { field(self.address, &REQUEST_FLAGS) };
+        let op = flags & REQ_OP_MASK;
+        if op == OP_DRV_OUT.load() {
+            Some(Direction::Out)
+        } else if op == OP_DRV_IN.load() {
+            Some(Direction::In)
+        } else {
+            None
+        }
+    }
+
+    /// Bytes of data.
+    #[inline(always)]
+    pub(crate) fn bytes(&self) -> u32 {
+        peek(self.key(), &REQUEST_BYTES)
+    }
+
+    /// The disk of the queue as the kernel's `dev_t`, 0 if it has none, and whether it is hidden.
+    #[inline(always)]
+    pub(crate) fn disk(&self) -> (u32, bool) {
+        let queue: u64 = peek(self.key(), &REQUEST_QUEUE);
+        let disk: u64 = peek(queue, &QUEUE_DISK);
+        if disk == 0 {
+            return (0, false);
+        }
+        let flags: u32 = peek(disk, &DISK_GENHD_FLAGS);
+        let part0: u64 = peek(disk, &DISK_PART0);
+        (peek(part0, &BDEV_DEV), flags & HIDDEN_FLAG.load() != 0)
+    }
+}
+
+/// The CDB of a SCSI request at `request`.
+#[inline(always)]
+pub(crate) fn scsi_command(request: u64) -> Option<[u8; COMMAND_BYTES]> {
+    read(request + u64::from(SCSI_CDB.load()))
+}
+
+/// The beginning of the command of an NVMe request at `request`.
+#[inline(always)]
+pub(crate) fn nvme_command(request: u64) -> Option<[u8; COMMAND_BYTES]> {
+    let command: u64 = read(request + u64::from(NVME_COMMAND.load()))?;
+    read(command)
+}
+
 /// The field of type `T` at `offset` of the kernel object at `base`, or zeroes.
 #[inline(always)]
 fn peek<T: Copy + Default>(base: u64, offset: &Global<u32>) -> T {
-    let address = (base + u64::from(offset.load())) as *const T;
+    read(base + u64::from(offset.load())).unwrap_or_default()
+}
+
+/// What the kernel has at `address`.
+#[inline(always)]
+fn read<T>(address: u64) -> Option<T> {
     // SAFETY: the helper checks the address and fails where it can't be read.
-    unsafe { bpf_probe_read_kernel(address) }.unwrap_or_default()
+    unsafe { bpf_probe_read_kernel(address as *const T) }.ok()
 }
 
 /// Bytes completed now, the third argument of `block_rq_complete`.

@@ -1,10 +1,11 @@
 //! eBPF programs of blksnap: what the block layer says about writes.
 //!
-//! Four BTF tracepoint programs, each a few lines that call into the modules:
+//! Five BTF tracepoint programs, each a few lines that call into the modules:
 //!
 //! - `block_bio_queue` sees every bio once, on the device it was submitted to, with absolute sectors;
 //! - `block_bio_remap` sees a bio that a stacking driver (md linear and raid0, NVMe multipath) redirects to a
 //!   lower disk, where `block_bio_queue` does not fire a second time;
+//! - `block_rq_issue` sees requests go to the driver, and counts commands past the block layer's writes;
 //! - `block_rq_complete` and `block_bio_complete`, attached only while a copy is under way, see writes end.
 //!
 //! # What is true when
@@ -38,6 +39,8 @@ mod ledger;
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod mark;
+#[cfg(target_arch = "bpf")]
+mod passthrough;
 
 #[cfg(target_arch = "bpf")]
 mod programs {
@@ -45,7 +48,7 @@ mod programs {
     use aya_ebpf::programs::BtfTracePointContext;
 
     use crate::layout::Bio;
-    use crate::{ledger, mark};
+    use crate::{ledger, mark, passthrough};
 
     /// `block_bio_queue(struct bio *)`.
     #[btf_tracepoint(function = "block_bio_queue")]
@@ -63,6 +66,13 @@ mod programs {
         if bio.is_traced() {
             mark::submitted(&ctx, &bio, true);
         }
+        0
+    }
+
+    /// `block_rq_issue(struct request *)`.
+    #[btf_tracepoint(function = "block_rq_issue")]
+    pub(crate) fn block_rq_issue(ctx: BtfTracePointContext) -> i32 {
+        passthrough::issued(&ctx);
         0
     }
 

@@ -4,8 +4,8 @@ use aya_ebpf::bindings::{BPF_F_INNER_MAP, BPF_F_MMAPABLE};
 use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
 use blksnap_common::track::{
-    DISK_PROBES, DISK_TABLE, DiskSlots, LEDGER_ENTRIES, LedgerEntry, MAX_SLOTS, RING_BYTES, Record,
-    SlotCounters, SlotState, disk_entry,
+    DISK_PROBES, DISK_TABLE, DiskSlots, GUARDS as GUARD_ENTRIES, Guard, LEDGER_ENTRIES, LedgerEntry,
+    MAX_SLOTS, RING_BYTES, Record, SlotCounters, SlotState, disk_entry,
 };
 
 /// A bitmap: as many words as the device needs, mapped by the agent.
@@ -49,6 +49,10 @@ pub(crate) static STATE: Array<SlotState, { MAX_SLOTS as usize }, { BPF_F_MMAPAB
 /// Counters of each slot.
 #[btf_map]
 pub(crate) static COUNTERS: PerCpuArray<SlotCounters, { MAX_SLOTS as usize }> = PerCpuArray::new();
+
+/// Who wants to know of passthrough commands to which disk.
+#[btf_map]
+pub(crate) static GUARDS: Array<Guard, { GUARD_ENTRIES as usize }> = Array::new();
 
 /// Writes in flight, by the address of their bio.
 #[btf_map]

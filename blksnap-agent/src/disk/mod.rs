@@ -1,11 +1,14 @@
 //! Disk: block devices, their identity, geometry, direct reads, mounts and freezing.
 
+pub mod dax;
 pub mod device;
 mod error;
 pub mod freeze;
 pub mod identity;
 pub mod mounts;
+pub mod presence;
 mod reader;
+pub mod stack;
 pub mod watchdog;
 
 pub use device::BlockDevice;

@@ -105,10 +105,16 @@ impl Table {
         Ok(Self::parse(&String::from_utf8_lossy(&text)))
     }
 
-    fn parse(text: &str) -> Self {
+    pub(super) fn parse(text: &str) -> Self {
         Self {
             mounts: text.lines().filter_map(Mount::parse).collect(),
         }
+    }
+
+    /// All mounts, in the table's order.
+    #[must_use]
+    pub fn all(&self) -> &[Mount] {
+        &self.mounts
     }
 
     /// The mounts of file systems on `device` or stacked on it, in the table's order.
@@ -231,7 +237,7 @@ fn block_device_at(path: &Path) -> Option<DeviceId> {
 }
 
 /// `id`, its partitions, and everything that holds one of them.
-fn stack_above(id: DeviceId) -> BTreeSet<DeviceId> {
+pub(super) fn stack_above(id: DeviceId) -> BTreeSet<DeviceId> {
     let mut members = BTreeSet::new();
     let mut queue = vec![id];
     while let Some(id) = queue.pop() {

@@ -4,6 +4,7 @@
 //! raw section (`include/uapi/linux/btf.h`) once, keeps an index of where each type starts, and answers three
 //! questions: the offset of a member, the value of an enumerator, the position of a parameter.
 
+use std::ops::Range;
 use std::path::Path;
 
 /// Kinds of `enum btf_kind` (`BTF_KIND_*`) that are looked into.
@@ -60,6 +61,7 @@ pub struct KernelBtf {
     /// Start of each type in `data`; types count from 1, 0 is void.
     types: Vec<usize>,
     strings: usize,
+    strings_end: usize,
 }
 
 impl KernelBtf {
@@ -83,31 +85,55 @@ impl KernelBtf {
     /// # Errors
     /// It is damaged: wrong magic, a length past the end, an unknown kind.
     pub fn parse(data: Vec<u8>) -> Result<Self, BtfError> {
-        let magic = data.get(..2).map(|b| u16::from_ne_bytes([b[0], b[1]]));
-        if magic != Some(MAGIC) {
-            return Err(BtfError::Damaged(0));
-        }
-        let header = word(&data, 4)? as usize;
-        let start = header.max(HEADER) + word(&data, 8)? as usize;
-        let end = start + word(&data, 12)? as usize;
-        let strings = header + word(&data, 16)? as usize;
-        let strings_end = strings + word(&data, 20)? as usize;
-        if end > data.len() || strings_end > data.len() || strings_end <= strings {
-            return Err(BtfError::Damaged(8));
-        }
-        if data[strings_end - 1] != 0 {
-            return Err(BtfError::Damaged(strings_end - 1));
-        }
+        let sections = Sections::of(&data)?;
         let mut types = vec![0];
-        let mut at = start;
-        while at < end {
-            types.push(at);
-            at += TYPE + tail(&data, at)?;
+        index_types(&data, sections.types, &mut types)?;
+        Ok(Self {
+            types,
+            strings: sections.strings.start,
+            strings_end: sections.strings.end,
+            data,
+        })
+    }
+
+    /// The type information of a module beside the kernel's; `None` if no module of this name is loaded, or the
+    /// kernel does not show its types.
+    #[must_use]
+    pub fn with_module(&self, name: &str) -> Option<Self> {
+        let path = Path::new(Self::PATH).with_file_name(name);
+        self.extended(&std::fs::read(path).ok()?).ok()
+    }
+
+    /// A module's types and strings count on from the kernel's.
+    fn extended(&self, module: &[u8]) -> Result<Self, BtfError> {
+        let sections = Sections::of(module)?;
+        // Strings have to be in one piece.
+        let mut data = self.data[..self.strings_end].to_vec();
+        if self.types.iter().any(|at| *at >= data.len()) {
+            return Err(BtfError::Damaged(self.strings_end));
         }
-        if at != end {
-            return Err(BtfError::Damaged(at));
-        }
-        Ok(Self { data, types, strings })
+        data.extend_from_slice(&module[sections.strings]);
+        let strings_end = data.len();
+        data.extend_from_slice(&module[sections.types]);
+        let mut types = self.types.clone();
+        index_types(&data, strings_end..data.len(), &mut types)?;
+        Ok(Self {
+            types,
+            strings: self.strings,
+            strings_end,
+            data,
+        })
+    }
+
+    /// Size of struct `name` in bytes.
+    ///
+    /// # Errors
+    /// There is no such struct.
+    pub fn struct_size(&self, name: &str) -> Result<u32, BtfError> {
+        let id = self
+            .find(name, kind::STRUCT)
+            .ok_or_else(|| BtfError::Missing(format!("struct {name}")))?;
+        word(&self.data, self.at(id)? + 8)
     }
 
     /// Offset in bytes of a member of struct `name`; `path` names members of members in turn, and members of
@@ -257,6 +283,50 @@ impl KernelBtf {
     }
 }
 
+/// Where types and strings are in a raw section.
+struct Sections {
+    types: Range<usize>,
+    strings: Range<usize>,
+}
+
+impl Sections {
+    fn of(data: &[u8]) -> Result<Self, BtfError> {
+        let magic = data.get(..2).map(|b| u16::from_ne_bytes([b[0], b[1]]));
+        if magic != Some(MAGIC) {
+            return Err(BtfError::Damaged(0));
+        }
+        let header = word(data, 4)? as usize;
+        let start = header.max(HEADER) + word(data, 8)? as usize;
+        let end = start + word(data, 12)? as usize;
+        let strings = header + word(data, 16)? as usize;
+        let strings_end = strings + word(data, 20)? as usize;
+        if end > data.len() || strings_end > data.len() || strings_end <= strings {
+            return Err(BtfError::Damaged(8));
+        }
+        if data[strings_end - 1] != 0 {
+            return Err(BtfError::Damaged(strings_end - 1));
+        }
+        Ok(Self {
+            types: start..end,
+            strings: strings..strings_end,
+        })
+    }
+}
+
+/// Adds the start of every type of `section` to `index`.
+fn index_types(data: &[u8], section: Range<usize>, index: &mut Vec<usize>) -> Result<(), BtfError> {
+    let mut at = section.start;
+    while at < section.end {
+        index.push(at);
+        at += TYPE + tail(data, at)?;
+    }
+    if at == section.end {
+        Ok(())
+    } else {
+        Err(BtfError::Damaged(at))
+    }
+}
+
 /// The 32-bit word at `at`.
 fn word(data: &[u8], at: usize) -> Result<u32, BtfError> {
     let bytes = data.get(at..at + 4).ok_or(BtfError::Damaged(at))?;
@@ -305,6 +375,63 @@ mod tests {
     fn looks_into_anonymous_members() {
         // `struct page` keeps `lru` in an anonymous struct of an anonymous union.
         assert!(kernel().member_offset("page", &["lru"]).unwrap() > 0);
+    }
+
+    /// A module's section with one struct: members at byte 8 and 16, the second named by the module's own string.
+    fn module(kernel: &KernelBtf) -> Vec<u8> {
+        let base = u32::try_from(kernel.strings_end - kernel.strings).unwrap();
+        let own = b"scsi_made_up\0cdb_made_up\0";
+        let known = kernel.data[kernel.strings..kernel.strings_end]
+            .windows(9)
+            .position(|name| name == b"\0bi_bdev\0")
+            .unwrap();
+        let words = [
+            base,
+            kind::STRUCT << 24 | 2,
+            48,
+            u32::try_from(known + 1).unwrap(),
+            1,
+            64,
+            base + 13,
+            1,
+            128,
+        ];
+        let types: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let mut data = Vec::new();
+        data.extend_from_slice(&MAGIC.to_ne_bytes());
+        data.extend_from_slice(&[1, 0]);
+        let types_length = u32::try_from(types.len()).unwrap();
+        for word in [
+            24,
+            0,
+            types_length,
+            types_length,
+            u32::try_from(own.len()).unwrap(),
+        ] {
+            data.extend_from_slice(&word.to_ne_bytes());
+        }
+        data.extend_from_slice(&types);
+        data.extend_from_slice(own);
+        data
+    }
+
+    #[test]
+    fn a_module_counts_on_from_the_kernel() {
+        let section = module(&kernel());
+        let btf = kernel().extended(&section).unwrap();
+        assert_eq!(btf.struct_size("scsi_made_up").unwrap(), 48);
+        assert_eq!(btf.member_offset("scsi_made_up", &["bi_bdev"]).unwrap(), 8);
+        assert_eq!(btf.member_offset("scsi_made_up", &["cdb_made_up"]).unwrap(), 16);
+        // The kernel's own are where they were.
+        assert_eq!(btf.member_offset("bio", &["bi_bdev"]).unwrap(), 8);
+        assert_eq!(
+            btf.struct_size("request").unwrap(),
+            kernel().struct_size("request").unwrap()
+        );
+        for cut in [0, 3, 24, section.len() - 1] {
+            assert!(kernel().extended(&section[..cut]).is_err(), "cut at {cut}");
+        }
+        assert!(kernel().with_module("no_such_module").is_none());
     }
 
     #[test]

@@ -81,6 +81,8 @@ struct State {
     /// Whole-device operations and errors handled so far.
     whole_device: u64,
     errors: u64,
+    /// Passthrough commands when this generation began.
+    passthrough: u64,
     /// Skipped runs of the steady programs when this generation began.
     run_misses: u64,
     resets: BTreeMap<ResetReason, u64>,
@@ -121,6 +123,7 @@ impl TrackedDevice {
                 flags: 0,
                 reserved: 0,
             };
+            object.guards.set(id, device.id)?;
             let at_attach = shared.slot_state(id);
             let run_misses = object.run_misses()?.steady;
             let mut table = object.bitmap_table()?;
@@ -143,6 +146,7 @@ impl TrackedDevice {
                 period: 1,
                 whole_device: at_attach.whole_device,
                 errors: at_attach.errors,
+                passthrough: at_attach.passthrough,
                 run_misses,
                 resets: BTreeMap::from([(began, 1)]),
                 watchers: Watchers::default(),
@@ -234,6 +238,11 @@ impl TrackedDevice {
     pub fn take(&self) -> Result<(Taken, Option<Arc<ReadMap>>), TrackerError> {
         let misses = self.shared.object().run_misses()?;
         let mut state = self.state();
+        // What came up since the last look, and before this instant, must not slip by.
+        let passthrough = self.shared.slot_state(self.slot.id).passthrough;
+        if let Some(reason) = self.doubt(&state, Ok(misses)) {
+            state.map.corrupt(reason);
+        }
         let taken = state
             .map
             .take(Generation::new(uuid::Uuid::new_v4()), self.device.capacity)
@@ -246,6 +255,7 @@ impl TrackedDevice {
             tracing::warn!(device = %self.device.path.display(), reason = reason.code(), "the change map started over");
             *state.resets.entry(reason).or_default() += 1;
             state.run_misses = misses.steady;
+            state.passthrough = passthrough;
         }
         Ok((taken, state.map.read_map()))
     }
@@ -359,7 +369,11 @@ impl TrackedDevice {
                 return Some(ResetReason::RunMissed);
             }
         }
-        (self.shared.slot_state(self.slot.id).errors != state.errors).then_some(ResetReason::MapError)
+        let seen = self.shared.slot_state(self.slot.id);
+        if seen.passthrough != state.passthrough {
+            return Some(ResetReason::PassthroughWrite);
+        }
+        (seen.errors != state.errors).then_some(ResetReason::MapError)
     }
 
     /// Declares that the map may miss changes.

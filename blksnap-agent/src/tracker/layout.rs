@@ -4,10 +4,20 @@ use aya::EbpfLoader;
 
 use super::btf::{BtfError, KernelBtf};
 
+/// Of which drivers the programs can read commands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KnownCommands {
+    /// SCSI: where the CDB is in `struct scsi_cmnd`.
+    pub scsi: bool,
+    /// NVMe: where the command is in `struct nvme_request`.
+    pub nvme: bool,
+}
+
 /// The frozen globals of the programs, by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    values: [(&'static str, u32); 13],
+    values: [(&'static str, u32); 23],
+    commands: KnownCommands,
 }
 
 impl Layout {
@@ -28,8 +38,31 @@ impl Layout {
                 "tracepoint block_rq_complete with the request as first argument".into(),
             ));
         }
+        if btf.tracepoint_parameter("block_rq_issue", "request")? != 0 {
+            return Err(BtfError::Missing(
+                "tracepoint block_rq_issue with the request as first argument".into(),
+            ));
+        }
+        // The driver's part of a request is behind it (`blk_mq_rq_to_pdu`).
+        let behind = btf.struct_size("request")?;
+        let scsi = driver_offset(btf, "scsi_mod", "scsi_cmnd", "cmnd");
+        let nvme = driver_offset(btf, "nvme_core", "nvme_request", "cmd");
         Ok(Self {
+            commands: KnownCommands {
+                scsi: scsi.is_some(),
+                nvme: nvme.is_some(),
+            },
             values: [
+                ("REQUEST_FLAGS", btf.member_offset("request", &["cmd_flags"])?),
+                ("REQUEST_BYTES", btf.member_offset("request", &["__data_len"])?),
+                ("REQUEST_QUEUE", btf.member_offset("request", &["q"])?),
+                ("QUEUE_DISK", btf.member_offset("request_queue", &["disk"])?),
+                ("DISK_GENHD_FLAGS", btf.member_offset("gendisk", &["flags"])?),
+                ("HIDDEN_FLAG", btf.enumerator("GENHD_FL_HIDDEN")?),
+                ("OP_DRV_IN", btf.enumerator("REQ_OP_DRV_IN")?),
+                ("OP_DRV_OUT", btf.enumerator("REQ_OP_DRV_OUT")?),
+                ("SCSI_CDB", behind + scsi.unwrap_or_default()),
+                ("NVME_COMMAND", behind + nvme.unwrap_or_default()),
                 ("BIO_BDEV", btf.member_offset("bio", &["bi_bdev"])?),
                 ("BIO_NEXT", btf.member_offset("bio", &["bi_next"])?),
                 ("BIO_PRIVATE", btf.member_offset("bio", &["bi_private"])?),
@@ -50,6 +83,12 @@ impl Layout {
         })
     }
 
+    /// Of which drivers the programs can read commands.
+    #[must_use]
+    pub fn commands(&self) -> KnownCommands {
+        self.commands
+    }
+
     /// Hands the values to the loader.
     pub fn apply<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
         for (name, value) in &self.values {
@@ -66,4 +105,15 @@ impl Layout {
             }
         }
     }
+}
+
+/// Offset of a member of a driver's struct, if the driver is built in or loaded.
+fn driver_offset(btf: &KernelBtf, module: &str, name: &str, member: &str) -> Option<u32> {
+    btf.member_offset(name, &[member])
+        .or_else(|missing| {
+            btf.with_module(module)
+                .ok_or(missing)?
+                .member_offset(name, &[member])
+        })
+        .ok()
 }

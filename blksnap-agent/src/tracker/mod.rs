@@ -19,10 +19,13 @@ mod btf;
 mod device;
 mod empty;
 mod error;
+mod guards;
 mod layout;
 mod object;
 mod probe;
 pub mod record;
+#[cfg(test)]
+mod testing;
 mod watch;
 
 use std::path::PathBuf;
@@ -109,6 +112,7 @@ impl Shared {
             errors: word(2),
             ledger_lost: word(3),
             unknown_completions: word(4),
+            passthrough: word(5),
         }
     }
 }

@@ -20,6 +20,7 @@ use blksnap_common::track::{
 use super::TrackerError;
 use super::bitmap::{BitmapTable, one_line};
 use super::btf::KernelBtf;
+use super::guards::Guards;
 use super::layout::Layout;
 use super::probe::DiskKind;
 use crate::sys::mman::SharedWords;
@@ -28,7 +29,7 @@ use crate::sys::mman::SharedWords;
 pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/blksnap"));
 
 /// Programs attached for as long as the tracker lives.
-const STEADY: [&str; 2] = ["block_bio_queue", "block_bio_remap"];
+const STEADY: [&str; 3] = ["block_bio_queue", "block_bio_remap", "block_rq_issue"];
 /// Programs attached while a ledger is kept.
 const COMPLETE: [&str; 2] = ["block_rq_complete", "block_bio_complete"];
 
@@ -65,6 +66,7 @@ pub(super) struct Object {
     bitmaps: OwnedFd,
     counters: PerCpuArray<MapData, SlotCounters>,
     ledger: HashMap<MapData, u64, LedgerEntry>,
+    pub(super) guards: Guards,
     /// What `DISKS` holds.
     table: StdHashMap<u32, DiskSlots>,
     used: [bool; MAX_SLOTS as usize],
@@ -117,6 +119,7 @@ impl Object {
         let bitmaps = data.fd().as_fd().try_clone_to_owned().map_err(|e| load(&e))?;
         let counters = PerCpuArray::try_from(take("COUNTERS")?).map_err(|e| load(&e))?;
         let ledger = HashMap::try_from(take("LEDGER")?).map_err(|e| load(&e))?;
+        let guards = Guards::new(take("GUARDS")?, layout.commands())?;
         for name in STEADY {
             program(&mut ebpf, name)?.attach().map_err(|e| load(&e))?;
         }
@@ -127,6 +130,7 @@ impl Object {
             bitmaps,
             counters,
             ledger,
+            guards,
             table: StdHashMap::new(),
             used: [false; MAX_SLOTS as usize],
             complete: Vec::new(),
@@ -165,6 +169,9 @@ impl Object {
     /// Gives back a slot that no disk has.
     pub(super) fn release(&mut self, slot: u32) {
         self.used[slot as usize] = false;
+        if let Err(error) = self.guards.clear(slot) {
+            tracing::warn!(%error, "a slot that is free still counts passthrough commands");
+        }
     }
 
     /// Starts tracking. The slot has its bitmap already.

@@ -9,7 +9,7 @@ use super::hook::{HookError, Stage};
 use super::party::Party;
 use super::rounds::{Converge, POLL, Window};
 use super::{Consistency, ConvergeError, Converged};
-use crate::cbt::{ReadMap, Taken};
+use crate::cbt::{ReadMap, ResetReason, Taken};
 use crate::engine::CopyError;
 
 /// Part of the freeze limit after which the window gives up by itself, so that it thaws before the watchdog does.
@@ -119,7 +119,17 @@ impl Converge<'_> {
         for party in &self.parties {
             party.settle();
         }
-        Ok(takes?)
+        let takes = takes?;
+        for (party, (taken, _)) in self.parties.iter().zip(&takes) {
+            // Doubt from before the run has ended with its beginning: this one came up between the look and the take.
+            if let Some(reason) = taken.reset.filter(|reason| *reason != ResetReason::Wrapped) {
+                return Err(ConvergeError::Doubt {
+                    device: party.device.device().path.clone(),
+                    reason,
+                });
+            }
+        }
+        Ok(takes)
     }
 
     fn converged(&self, party: &Party, (mut taken, read_map): Take) -> Converged {
