@@ -6,7 +6,10 @@
 //!
 //! A new target is a module here, a line in [`TARGETS`], and a first input in `corpus/NAME`.
 
+mod checksum;
+mod frame_oracle;
 pub mod ring_record;
+pub mod saved_map;
 pub mod state_file;
 
 /// A target.
@@ -23,6 +26,10 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "ring_record",
         run: ring_record::run,
+    },
+    Target {
+        name: "saved_map",
+        run: saved_map::run,
     },
     Target {
         name: "state_file",

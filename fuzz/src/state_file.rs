@@ -10,6 +10,8 @@ use std::path::Path;
 use blksnap_agent::statefile::{self, Format, StateFileError};
 use serde_json::Value;
 
+use crate::checksum::crc32c;
+
 const FORMAT: Format = Format {
     name: "fuzz",
     version: 7,
@@ -106,16 +108,7 @@ fn is_plain(content: &Value, deep: usize) -> bool {
         }
 }
 
-/// The oracle's sum: CRC-32C as the remainder of a division of polynomials, bit by bit from the front.
+/// The oracle's sum.
 fn checksum(content: &Value) -> String {
-    let bits = content.to_string().into_bytes();
-    let mut remainder = u32::MAX;
-    for byte in bits {
-        remainder ^= u32::from(byte.reverse_bits()) << 24;
-        for _ in 0..8 {
-            let carry = remainder >> 31;
-            remainder = (remainder << 1) ^ (0x1edc_6f41 * carry);
-        }
-    }
-    format!("crc32c:{:08x}", !remainder.reverse_bits())
+    format!("crc32c:{:08x}", crc32c(content.to_string().as_bytes()))
 }
