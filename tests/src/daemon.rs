@@ -113,11 +113,19 @@ impl Daemon {
     /// # Errors
     /// The agent does not start, or it is still running.
     pub fn launch(&mut self, options: &DaemonOptions) -> Result<()> {
+        self.begin_launch(options)?;
+        self.wait_until_ready()
+    }
+
+    /// As [`Daemon::launch`], but does not wait until the agent is ready.
+    ///
+    /// # Errors
+    /// The agent can't be started, or it is still running.
+    pub fn begin_launch(&mut self, options: &DaemonOptions) -> Result<()> {
         ensure!(self.child.is_none(), "the daemon is running");
         let notify = self.directory.path().join("notify.sock");
         let _ = std::fs::remove_file(&notify);
         let ready = UnixDatagram::bind(&notify)?;
-        self.notify = Some(ready.try_clone()?);
         ready.set_read_timeout(Some(Duration::from_millis(50)))?;
         let log = std::fs::File::create(self.log_path())?;
         let mut command = Command::new(&self.binary);
@@ -134,7 +142,15 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        let child = self.child.insert(command.spawn().context("start the daemon")?);
+        self.notify = Some(ready);
+        self.child = Some(command.spawn().context("start the daemon")?);
+        Ok(())
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
+        let (Some(child), Some(ready)) = (&mut self.child, &self.notify) else {
+            bail!("the daemon is not running");
+        };
         let started = Instant::now();
         let mut message = [0; 512];
         loop {
