@@ -3,6 +3,7 @@
 pub mod dax;
 pub mod device;
 mod error;
+pub mod extents;
 pub mod freeze;
 pub mod identity;
 pub mod mounts;

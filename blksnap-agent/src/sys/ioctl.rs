@@ -16,6 +16,7 @@ mod raw {
     nix::ioctl_read!(blkgetdiskseq, 0x12, 128, u64);
     nix::ioctl_none!(blkflsbuf, 0x12, 97);
     nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
+    nix::ioctl_write_ptr_bad!(blksecdiscard, nix::request_code_none!(0x12, 125), [u64; 2]);
     nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
     nix::ioctl_readwrite!(fifreeze, b'X', 119, c_int);
     nix::ioctl_readwrite!(fithaw, b'X', 120, c_int);
@@ -103,6 +104,15 @@ pub fn blkflsbuf(device: impl AsFd) -> Result<(), Errno> {
 pub fn blkdiscard(device: impl AsFd, offset: u64, length: u64) -> Result<(), Errno> {
     // SAFETY: the descriptor is open for the call, and the kernel reads two u64 from the array.
     unsafe { raw::blkdiscard(device.as_fd().as_raw_fd(), &[offset, length]) }.map(drop)
+}
+
+/// `BLKSECDISCARD`: as [`blkdiscard`], and the bytes can't be had back.
+///
+/// # Errors
+/// `EOPNOTSUPP`: the device knows no secure erase; `EINVAL`: not aligned, or past the end.
+pub fn blksecdiscard(device: impl AsFd, offset: u64, length: u64) -> Result<(), Errno> {
+    // SAFETY: the descriptor is open for the call, and the kernel reads two u64 from the array.
+    unsafe { raw::blksecdiscard(device.as_fd().as_raw_fd(), &[offset, length]) }.map(drop)
 }
 
 /// `BLKZEROOUT`: makes `length` bytes from byte `offset` on read as zero; both multiples of 512.

@@ -2,6 +2,7 @@
 
 mod buffer;
 pub mod fdpass;
+pub mod fiemap;
 pub mod ioctl;
 pub mod mman;
 pub mod uring;

@@ -1,0 +1,286 @@
+//! Extents: the ranges of a tracked device that hold a file, so that they can be marked.
+//!
+//! `FIEMAP` answers in the address space of the file system. Only for some is that the device itself: ext2 to 4,
+//! and XFS but for files on its realtime device. btrfs has addresses of its own, spread over several devices, and
+//! others are not known; those are refused rather than guessed. A file system on a partition counts for its disk,
+//! too. One on something stacked on the device (LVM, md, loop) does not: what is where decides the layer between.
+//!
+//! Ranges are rounded out to sectors: too much is marked rather than too little. They are those of the moment: a
+//! file that is written meanwhile may have others afterwards, and what is written is tracked anyway.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::device::{BlockDevice, device_number};
+use super::mounts::Table;
+use crate::sys::fiemap::{self, ExtentFlags, FileExtent};
+use crate::units::{Extent, SECTOR_BYTES};
+
+/// File systems whose addresses are bytes of their device.
+const KNOWN: [&str; 4] = ["ext2", "ext3", "ext4", "xfs"];
+
+/// How often a file is asked that has extents without a place.
+const ATTEMPTS: u32 = 5;
+
+/// The ranges of a file on a device can't be told.
+#[derive(Debug, thiserror::Error)]
+pub enum ExtentsError {
+    /// Nothing is at the path, or it can't be read.
+    #[error("can't open {}: {source}", path.display())]
+    Open {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A directory, a device, a pipe.
+    #[error("{} is not a regular file; give a file, or ranges of the device", .0.display())]
+    NotFile(PathBuf),
+    /// It is on another device.
+    #[error("{} is not on {}; name the device that its file system is on", path.display(), device.display())]
+    OtherDevice {
+        /// The path.
+        path: PathBuf,
+        /// The device.
+        device: PathBuf,
+    },
+    /// The file system's addresses are not the device's.
+    #[error(
+        "{} is on {kind}, which does not tell where on the device its files are; give ranges of the device",
+        path.display()
+    )]
+    Kind {
+        /// The path.
+        path: PathBuf,
+        /// Kind of file system.
+        kind: String,
+    },
+    /// A part of the file has no place, or one that says nothing.
+    #[error(
+        "a part of {} has no place on the device that could be told ({why}); try again when nobody writes it, or give ranges",
+        path.display()
+    )]
+    NoPlace {
+        /// The path.
+        path: PathBuf,
+        /// What it is.
+        why: &'static str,
+    },
+    /// The kernel does not tell.
+    #[error("can't ask where {} is: {source}; give ranges of the device", path.display())]
+    Map {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The ranges of `device` that hold the file at `path`, ascending, rounded out to sectors and joined where they
+/// touch.
+///
+/// # Errors
+/// See [`ExtentsError`].
+pub fn of_file(device: &BlockDevice, path: &Path) -> Result<Vec<Extent>, ExtentsError> {
+    let opened = |source| ExtentsError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(opened)?;
+    let metadata = file.metadata().map_err(opened)?;
+    if !metadata.is_file() {
+        return Err(ExtentsError::NotFile(path.to_owned()));
+    }
+    let kind = Table::read()
+        .map_err(io::Error::other)
+        .and_then(|table| Ok(table.of_file(&file)?.fs_type.clone()))
+        .map_err(opened)?;
+    if !KNOWN.contains(&kind.as_str()) || fiemap::is_realtime(&file).unwrap_or_default() {
+        return Err(ExtentsError::Kind {
+            path: path.to_owned(),
+            kind,
+        });
+    }
+    let first_byte = place(device, &metadata).ok_or_else(|| ExtentsError::OtherDevice {
+        path: path.to_owned(),
+        device: device.path.clone(),
+    })?;
+    let mut attempt = 1;
+    loop {
+        let extents = fiemap::fiemap(&file).map_err(|errno| ExtentsError::Map {
+            path: path.to_owned(),
+            source: errno.into(),
+        })?;
+        match ranges(&extents, first_byte) {
+            Ok(ranges) => return Ok(ranges),
+            Err(_) if attempt < ATTEMPTS => {
+                attempt += 1;
+                sync(&file, path)?;
+            }
+            Err(why) => {
+                return Err(ExtentsError::NoPlace {
+                    path: path.to_owned(),
+                    why,
+                });
+            }
+        }
+    }
+}
+
+fn sync(file: &File, path: &Path) -> Result<(), ExtentsError> {
+    file.sync_all().map_err(|source| ExtentsError::Map {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Where the file system of a file begins on the device: the device is what it is on, or the disk of that.
+fn place(device: &BlockDevice, file: &std::fs::Metadata) -> Option<u64> {
+    let id = device_number(file.dev());
+    if id == device.id {
+        return Some(0);
+    }
+    if !device.is_whole_disk() {
+        return None;
+    }
+    let partition = super::device::sysfs_directory(id).ok()?;
+    let disk = partition.parent()?.join("dev");
+    let on_it = partition.join("partition").exists()
+        && std::fs::read_to_string(disk).ok()?.trim() == device.id.to_string();
+    let start: u64 = std::fs::read_to_string(partition.join("start"))
+        .ok()?
+        .trim()
+        .parse()
+        .ok()?;
+    on_it.then_some(start * SECTOR_BYTES)
+}
+
+/// The ranges of extents of a file system that begins at `first_byte`, or what one of them is that has no place.
+fn ranges(extents: &[FileExtent], first_byte: u64) -> Result<Vec<Extent>, &'static str> {
+    let mut found: Vec<Extent> = Vec::with_capacity(extents.len());
+    for extent in extents {
+        if extent.flags.contains(ExtentFlags::DELALLOC) {
+            return Err("not allocated yet");
+        }
+        if extent.flags.contains(ExtentFlags::UNKNOWN) {
+            return Err("unknown");
+        }
+        // Encrypted bytes are as many, and in the same place.
+        if extent.flags.contains(ExtentFlags::ENCODED) && !extent.flags.contains(ExtentFlags::DATA_ENCRYPTED)
+        {
+            return Err("encoded");
+        }
+        let start = first_byte.checked_add(extent.physical).ok_or("out of range")?;
+        let end = start.checked_add(extent.length).ok_or("out of range")?;
+        let offset = start / SECTOR_BYTES * SECTOR_BYTES;
+        let end = end.checked_next_multiple_of(SECTOR_BYTES).ok_or("out of range")?;
+        if end > offset {
+            found.push(Extent {
+                offset,
+                length: end - offset,
+            });
+        }
+    }
+    found.sort_unstable();
+    found.dedup_by(|next, previous| {
+        let joins = next.offset <= previous.end();
+        if joins {
+            previous.length = previous.end().max(next.end()) - previous.offset;
+        }
+        joins
+    });
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extent(physical: u64, length: u64, flags: ExtentFlags) -> FileExtent {
+        FileExtent {
+            logical: 0,
+            physical,
+            length,
+            flags,
+        }
+    }
+
+    fn pairs(extents: &[FileExtent], first_byte: u64) -> Result<Vec<(u64, u64)>, &'static str> {
+        let found = ranges(extents, first_byte)?;
+        Ok(found.iter().map(|range| (range.offset, range.length)).collect())
+    }
+
+    #[test]
+    fn ranges_are_on_the_device_ascending_and_apart() {
+        let none = ExtentFlags::empty();
+        let extents = [
+            extent(8192, 4096, none),
+            extent(0, 4096, ExtentFlags::SHARED),
+            extent(4096, 4096, ExtentFlags::UNWRITTEN),
+            extent(65536, 512, ExtentFlags::MERGED | ExtentFlags::LAST),
+        ];
+        assert_eq!(pairs(&extents, 0), Ok(vec![(0, 12288), (65536, 512)]));
+        assert_eq!(
+            pairs(&extents, 1 << 20),
+            Ok(vec![(1 << 20, 12288), ((1 << 20) + 65536, 512)])
+        );
+        assert_eq!(pairs(&[], 0), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn what_is_not_aligned_is_rounded_out() {
+        let inline = ExtentFlags::DATA_INLINE | ExtentFlags::NOT_ALIGNED;
+        // Inline data in an inode, over the end of a sector.
+        assert_eq!(pairs(&[extent(1000, 60, inline)], 0), Ok(vec![(512, 1024)]));
+        assert_eq!(
+            pairs(&[extent(1024, 1, ExtentFlags::DATA_TAIL)], 512),
+            Ok(vec![(1536, 512)])
+        );
+    }
+
+    #[test]
+    fn what_has_no_place_is_never_guessed() {
+        for (flags, why) in [
+            (ExtentFlags::DELALLOC | ExtentFlags::UNKNOWN, "not allocated yet"),
+            (ExtentFlags::UNKNOWN, "unknown"),
+            (ExtentFlags::ENCODED, "encoded"),
+        ] {
+            assert_eq!(pairs(&[extent(0, 512, flags)], 0), Err(why));
+        }
+        let encrypted = ExtentFlags::ENCODED | ExtentFlags::DATA_ENCRYPTED;
+        assert_eq!(pairs(&[extent(0, 512, encrypted)], 0), Ok(vec![(0, 512)]));
+        assert_eq!(
+            pairs(&[extent(u64::MAX, 512, ExtentFlags::empty())], 0),
+            Err("out of range")
+        );
+    }
+
+    #[test]
+    fn what_is_no_file_on_the_device_is_refused() {
+        let device = BlockDevice {
+            path: "/dev/sdz".into(),
+            name: "sdz".to_owned(),
+            id: crate::units::DeviceId { major: 8, minor: 400 },
+            disk_id: crate::units::DeviceId { major: 8, minor: 400 },
+            disk_name: "sdz".to_owned(),
+            disk_path: "/dev/sdz".into(),
+            first_sector: crate::units::Sectors::new(0),
+            capacity: crate::units::Sectors::new(8),
+            logical_block: 512,
+            physical_block: 512,
+            minimum_io: 512,
+            diskseq: None,
+            read_only: false,
+        };
+        let error = |path: &str| of_file(&device, Path::new(path)).unwrap_err().to_string();
+        assert!(error("/no/such/file").starts_with("can't open /no/such/file: "));
+        assert!(error("/proc").contains("is not a regular file"));
+        assert!(error("/proc/version").contains("/proc/version is on proc, which does not tell"));
+    }
+}
