@@ -118,6 +118,19 @@ impl ChangedExtents {
         self.clone().map(|extent| extent.length).sum()
     }
 
+    /// Goes on from the block that holds the byte `offset`. An extent that began before starts with that block.
+    #[must_use]
+    pub fn skip_to(mut self, offset: u64) -> Self {
+        let block = usize::try_from(offset >> self.shift).unwrap_or(usize::MAX);
+        if block >= self.base.saturating_add(64) || self.mask == 0 {
+            self.mask = 0;
+            self.next = block.clamp(self.next, self.map.bytes().len().max(self.next));
+        } else if block > self.base {
+            self.mask &= u64::MAX << (block - self.base);
+        }
+        self
+    }
+
     /// Loads the mask of the next 64 blocks; false at the end of the map.
     #[inline]
     fn load(&mut self) -> bool {

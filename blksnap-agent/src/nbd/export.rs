@@ -35,6 +35,14 @@ pub enum ExportError {
         /// Why.
         reason: String,
     },
+    /// What changed can't be told, or no longer. Other requests are served.
+    #[error("export \"{name}\": {reason}")]
+    Changes {
+        /// The export.
+        name: String,
+        /// Why.
+        reason: String,
+    },
     /// The export takes no writes of any kind.
     #[error("export \"{0}\" is read-only")]
     ReadOnly(String),
@@ -71,7 +79,7 @@ impl ExportError {
                 Some(Errno::ENOMEM) => ErrorCode::NoMemory,
                 _ => ErrorCode::Io,
             },
-            Self::Corrupted { .. } => ErrorCode::Io,
+            Self::Corrupted { .. } | Self::Changes { .. } => ErrorCode::Io,
             Self::ReadOnly(_) => ErrorCode::NotPermitted,
             Self::NotFast { .. } => ErrorCode::NotSupported,
             Self::Removed(_) => ErrorCode::Shutdown,
@@ -186,6 +194,12 @@ pub trait Export: Send + Sync {
     /// Metadata contexts that [`Export::block_status`] answers for.
     fn contexts(&self) -> Vec<ContextName> {
         Vec::new()
+    }
+
+    /// Why a client that asks for the context `query`, which is not one of [`Export::contexts`], must be told so
+    /// rather than get nothing: one that could be misread as "nothing changed". `None` where nothing is right.
+    fn refuse_context(&self, _query: &str) -> Option<String> {
+        None
     }
 
     /// What `context` tells about the `length` bytes from `offset`: extents without gaps from `offset` on. They may

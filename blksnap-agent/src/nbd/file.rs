@@ -15,23 +15,29 @@
 //! # Contexts
 //! `base:allocation` comes from `SEEK_DATA` and `SEEK_HOLE` (lseek(2)): a hole is not allocated and reads as zeroes.
 //! A file system without them, and a block device, reports one extent of data, which is always right.
-//! `qemu:dirty-bitmap:last` is served when the extents that changed are given.
+//! What changed comes from [`super::changes`].
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::unistd::{Whence, lseek};
 
+use super::changes::Changes;
 use super::export::{Export, ExportError, ZeroOptions};
-use super::proto::context::{BASE_ALLOCATION, DIRTY_BITMAP_LAST};
-use super::proto::wire::{AllocationState, BitmapState};
+use super::proto::context::BASE_ALLOCATION;
+use super::proto::wire::AllocationState;
 use super::proto::{BlockSizes, ContextName, StatusExtent};
+use crate::cbt::ReadMap;
 use crate::units::Extent;
+
+/// Most extents that are looked for in one answer about allocation: each is two system calls.
+const MAX_SEEKS: usize = 1 << 12;
 
 /// Zeroes written at once where nothing faster is offered.
 static ZEROES: [u8; 1 << 20] = [0; 1 << 20];
@@ -46,7 +52,9 @@ pub struct FileExport {
     block_sizes: BlockSizes,
     writable: bool,
     rotational: bool,
-    dirty: Option<Arc<[Extent]>>,
+    /// fdatasync(2) failed once: what it did not write is lost, and it will not say so again.
+    lost: AtomicBool,
+    changes: Option<Changes>,
 }
 
 impl FileExport {
@@ -61,7 +69,8 @@ impl FileExport {
             block_sizes: BlockSizes::DEFAULT,
             writable: false,
             rotational: false,
-            dirty: None,
+            lost: AtomicBool::new(false),
+            changes: None,
         }
     }
 
@@ -94,10 +103,18 @@ impl FileExport {
     }
 
     /// With the context `qemu:dirty-bitmap:last` that tells these extents as dirty: ascending, without overlaps.
-    /// Without this call there is no such context, and a client can't mistake "not known" for "nothing changed".
+    /// Without this or the next call there is no such context, and a client can't mistake "not known" for "nothing
+    /// changed".
     #[must_use]
     pub fn with_dirty(mut self, dirty: impl Into<Arc<[Extent]>>) -> Self {
-        self.dirty = Some(dirty.into());
+        self.changes = Some(Changes::last(dirty, self.size));
+        self
+    }
+
+    /// With the contexts of all changes that `map` knows of; the file is the device at the instant of the map.
+    #[must_use]
+    pub fn with_changes(mut self, map: Arc<ReadMap>) -> Self {
+        self.changes = Some(Changes::of(map, self.size));
         self
     }
 
@@ -130,14 +147,20 @@ impl FileExport {
         }
     }
 
-    /// Makes what was written durable if `fua` is set.
+    /// Makes what was written durable if `fua` is set. Once that failed it fails for good: the kernel reports a
+    /// write that was lost only once, to whom is chance.
     fn persist(&self, fua: bool, offset: u64) -> Result<(), ExportError> {
-        if fua {
-            self.file
-                .sync_data()
-                .map_err(|source| self.failed("make durable", offset, source))?;
+        if !fua {
+            return Ok(());
         }
-        Ok(())
+        let synced = match self.lost.load(Ordering::Acquire) {
+            true => Err(io::Error::from(Errno::EIO)),
+            false => self.file.sync_data(),
+        };
+        synced.map_err(|source| {
+            self.lost.store(true, Ordering::Release);
+            self.failed("make durable", offset, source)
+        })
     }
 
     /// fallocate(2) that keeps the file's size; false if it is not offered here.
@@ -211,34 +234,6 @@ impl FileExport {
     }
 }
 
-/// The range from `offset` to `end` as dirty and clean extents, at most `most`.
-fn dirty_status(dirty: &[Extent], offset: u64, end: u64, most: usize) -> Vec<StatusExtent> {
-    let mut extents = Vec::new();
-    let mut position = offset;
-    let mut push = |until: u64, flags: BitmapState, position: &mut u64| {
-        if until > *position {
-            extents.push(StatusExtent {
-                length: until - *position,
-                flags: flags.bits(),
-            });
-            *position = until;
-        }
-        extents.len() < most
-    };
-    let first = dirty.partition_point(|extent| extent.end() <= offset);
-    for extent in &dirty[first..] {
-        if extent.offset >= end
-            || !push(extent.offset, BitmapState::empty(), &mut position)
-            || !push(extent.end().min(end), BitmapState::DIRTY, &mut position)
-        {
-            break;
-        }
-    }
-    push(end, BitmapState::empty(), &mut position);
-    extents.truncate(most);
-    extents
-}
-
 impl Export for FileExport {
     fn name(&self) -> &str {
         &self.name
@@ -264,10 +259,12 @@ impl Export for FileExport {
 
     fn contexts(&self) -> Vec<ContextName> {
         let mut contexts = vec![ContextName::base_allocation()];
-        if self.dirty.is_some() {
-            contexts.push(ContextName::dirty_bitmap_last());
-        }
+        contexts.extend(self.changes.iter().flat_map(Changes::contexts));
         contexts
+    }
+
+    fn refuse_context(&self, query: &str) -> Option<String> {
+        Some(self.changes.as_ref()?.refusal(query)?.to_string())
     }
 
     fn block_status(
@@ -278,8 +275,8 @@ impl Export for FileExport {
         most: usize,
     ) -> Result<Vec<StatusExtent>, ExportError> {
         let end = offset.saturating_add(length).min(self.size);
-        match (context.as_str(), &self.dirty) {
-            (BASE_ALLOCATION, _) => match self.allocation(offset, end, most) {
+        match (context.as_str(), &self.changes) {
+            (BASE_ALLOCATION, _) => match self.allocation(offset, end, most.min(MAX_SEEKS)) {
                 Ok(extents) => Ok(extents),
                 Err(error)
                     if [Errno::EINVAL, Errno::EOPNOTSUPP]
@@ -293,7 +290,14 @@ impl Export for FileExport {
                 }
                 Err(error) => Err(self.failed("look for holes", offset, error)),
             },
-            (DIRTY_BITMAP_LAST, Some(dirty)) => Ok(dirty_status(dirty, offset, end, most)),
+            (context, Some(changes)) => {
+                changes
+                    .status(context, offset, end, most)
+                    .map_err(|error| ExportError::Changes {
+                        name: self.name.clone(),
+                        reason: error.to_string(),
+                    })
+            }
             _ => Err(ExportError::NoContext {
                 name: self.name.clone(),
                 context: context.as_str().to_owned(),

@@ -3,7 +3,8 @@
 //! | file | role |
 //! |---|---|
 //! | [`proto`] | the protocol without input and output (core) |
-//! | [`export`] | what can be served; [`mod@file`] is a raw image file |
+//! | [`export`] | what can be served; [`mod@file`] is a raw image file or a block device |
+//! | [`changes`] | what changed, as metadata contexts |
 //! | [`registry`] | the exports offered now; they come and go |
 //! | [`server`] | accepts clients on a unix socket, ends in good order; [`socket`] makes the socket |
 //! | `connection` | one client |
@@ -13,6 +14,7 @@
 //! stops the server at the end.
 
 pub mod address;
+pub mod changes;
 pub mod client;
 mod connection;
 pub mod counters;

@@ -178,6 +178,10 @@ impl Catalog for Exports {
         };
         Some(Found { facts, export: entry })
     }
+
+    fn refuse_context(&self, export: &Arc<Entry>, query: &str) -> Option<String> {
+        export.export()?.refuse_context(query)
+    }
 }
 
 #[cfg(test)]

@@ -253,10 +253,9 @@ fn export_name(id: SnapshotId, image: &Image) -> String {
 fn export(id: SnapshotId, image: &Image) -> FileExport {
     let export = FileExport::new(export_name(id, image), Arc::clone(&image.file), image.size)
         .with_description(format!("{} as of snapshot {id}", image.device.path.display()));
-    // What changed in the period that ended with the take; a doubtful map tells nothing.
-    match image.read_map.as_ref().map(crate::cbt::ReadMap::changed_in_last) {
-        Some(Ok(changed)) => export.with_dirty(changed.collect::<Vec<_>>()),
-        _ => export,
+    match &image.read_map {
+        Some(map) => export.with_changes(Arc::clone(map)),
+        None => export,
     }
 }
 

@@ -7,69 +7,11 @@ use proptest::prelude::*;
 use super::super::proto::ErrorCode;
 use super::*;
 
-const CLEAN: u32 = 0;
-const DIRTY: u32 = 1;
-
 fn status(extents: &[(u64, u32)]) -> Vec<StatusExtent> {
     extents
         .iter()
         .map(|&(length, flags)| StatusExtent { length, flags })
         .collect()
-}
-
-#[test]
-fn dirty_extents_become_a_gapless_list() {
-    let dirty = [
-        Extent {
-            offset: 10,
-            length: 10,
-        },
-        Extent {
-            offset: 30,
-            length: 5,
-        },
-    ];
-    assert_eq!(
-        dirty_status(&dirty, 0, 40, 9),
-        status(&[(10, CLEAN), (10, DIRTY), (10, CLEAN), (5, DIRTY), (5, CLEAN)])
-    );
-    assert_eq!(
-        dirty_status(&dirty, 15, 33, 9),
-        status(&[(5, DIRTY), (10, CLEAN), (3, DIRTY)])
-    );
-    assert_eq!(dirty_status(&dirty, 35, 40, 9), status(&[(5, CLEAN)]));
-    assert_eq!(
-        dirty_status(&dirty, 0, 40, 2),
-        status(&[(10, CLEAN), (10, DIRTY)])
-    );
-    assert_eq!(dirty_status(&dirty, 0, 40, 1), status(&[(10, CLEAN)]));
-    assert_eq!(dirty_status(&[], 0, 40, 9), status(&[(40, CLEAN)]));
-}
-
-proptest! {
-    /// Oracle: a byte for each position.
-    #[test]
-    fn dirty_status_tells_each_byte_rightly(
-        bytes in prop::collection::vec(any::<bool>(), 1..200),
-        from in 0_usize..200,
-        length in 1_usize..200,
-    ) {
-        let mut dirty: Vec<Extent> = Vec::new();
-        for (offset, _) in bytes.iter().enumerate().filter(|(_, byte)| **byte) {
-            let offset = offset as u64;
-            match dirty.last_mut() {
-                Some(last) if last.end() == offset => last.length += 1,
-                _ => dirty.push(Extent { offset, length: 1 }),
-            }
-        }
-        let from = from % bytes.len();
-        let end = (from + length).min(bytes.len());
-        let told: Vec<bool> = dirty_status(&dirty, from as u64, end as u64, usize::MAX)
-            .iter()
-            .flat_map(|extent| (0..extent.length).map(|_| extent.flags == DIRTY))
-            .collect();
-        prop_assert_eq!(told, bytes[from..end].to_vec());
-    }
 }
 
 fn sparse(size: u64, data: &[(u64, u64)]) -> Arc<File> {
@@ -135,7 +77,7 @@ fn only_known_contexts_are_answered() {
     assert_eq!(export.contexts().len(), 2);
     assert_eq!(
         export.block_status(&last, 0, 4096, 1).unwrap(),
-        status(&[(4096, CLEAN)])
+        status(&[(4096, 0)])
     );
 }
 

@@ -5,7 +5,7 @@ use zerocopy::IntoBytes;
 use super::catalog::{BlockSizes, Catalog, ExportFacts, Found};
 use super::context::{ContextName, SelectedContext};
 use super::handshake::{Answer, Established, Handshake, HandshakeError, Selection, State, Step};
-use super::limits::MAX_CONTEXTS;
+use super::limits::{MAX_CONTEXTS, MAX_STRING};
 use super::option::{ContextRequest, InfoRequest, Refusal, string, write_ack, write_refusal, write_reply};
 use super::session::{Framing, Session};
 use super::wire::{
@@ -155,7 +155,7 @@ impl Handshake {
         &self,
         data: &'a [u8],
         catalog: &C,
-    ) -> Result<(ContextRequest<'a>, ExportFacts), Refusal> {
+    ) -> Result<(ContextRequest<'a>, Found<C::Export>), Refusal> {
         if !self.framing.has_chunks() {
             return Err(Refusal::invalid(
                 "metadata contexts need structured replies: negotiate them first",
@@ -163,13 +163,18 @@ impl Handshake {
         }
         let request = ContextRequest::parse(data)?;
         let found = catalog.find(request.name).ok_or(Refusal::unknown_export())?;
-        Ok((request, found.facts))
+        Ok((request, found))
     }
 
     fn list_contexts<C: Catalog>(&self, data: &[u8], catalog: &C, out: &mut Vec<u8>) -> Result<(), Refusal> {
-        let (request, facts) = self.contexts_of(data, catalog)?;
-        for name in &facts.contexts {
-            if request.queries.is_empty() || request.queries.iter().any(|query| name.is_listed_by(query)) {
+        let (request, found) = self.contexts_of(data, catalog)?;
+        for name in &found.facts.contexts {
+            if request.queries.is_empty()
+                || request
+                    .queries
+                    .iter()
+                    .any(|query| name.is_listed_by(query.as_bytes()))
+            {
                 write_context(out, OptionType::ListMetaContext, 0, name);
             }
         }
@@ -183,10 +188,31 @@ impl Handshake {
         catalog: &C,
         out: &mut Vec<u8>,
     ) -> Result<(), Refusal> {
-        let (request, facts) = self.contexts_of(data, catalog)?;
+        let (request, Found { facts, export }) = self.contexts_of(data, catalog)?;
+        let missing = |query: &&&str| {
+            !facts
+                .contexts
+                .iter()
+                .any(|name| name.is_selected_by(query.as_bytes()))
+        };
+        let refused = request.queries.iter().filter(missing);
+        if let Some(reason) = refused
+            .filter_map(|query| catalog.refuse_context(&export, query))
+            .next()
+        {
+            let reason = &reason[..reason.floor_char_boundary(MAX_STRING)];
+            let (option, invalid) = (OptionType::SetMetaContext, OptionReplyType::ErrInvalid);
+            write_reply(out, option.number(), invalid, &[reason.as_bytes()]);
+            return Ok(());
+        }
         let contexts: Vec<SelectedContext> = (1..)
             .zip(&facts.contexts)
-            .filter(|(_, name)| request.queries.iter().any(|query| name.is_selected_by(query)))
+            .filter(|(_, name)| {
+                request
+                    .queries
+                    .iter()
+                    .any(|query| name.is_selected_by(query.as_bytes()))
+            })
             .map(|(id, name)| SelectedContext {
                 id,
                 name: name.clone(),

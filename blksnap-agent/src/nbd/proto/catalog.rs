@@ -128,6 +128,10 @@ pub trait Catalog {
 
     /// Looks up the export `name`; the empty name is the default export.
     fn find(&self, name: &str) -> Option<Found<Self::Export>>;
+
+    /// Why a client that selects the context `query`, which the export does not have, must be refused; `None` where
+    /// the query is just ignored.
+    fn refuse_context(&self, export: &Self::Export, query: &str) -> Option<String>;
 }
 
 #[cfg(test)]

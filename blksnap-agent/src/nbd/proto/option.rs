@@ -128,7 +128,7 @@ pub struct ContextRequest<'a> {
     /// Name of the export; empty for the default one.
     pub name: &'a str,
     /// Queries, in the client's order.
-    pub queries: Vec<&'a [u8]>,
+    pub queries: Vec<&'a str>,
 }
 
 impl<'a> ContextRequest<'a> {
@@ -147,7 +147,7 @@ impl<'a> ContextRequest<'a> {
                 return Err(Refusal::too_big("at most 128 queries fit in one option"));
             }
             let query = take_counted(&mut data).ok_or(LENGTHS)?;
-            queries.push(string(query)?.as_bytes());
+            queries.push(string(query)?);
         }
         if !data.is_empty() {
             return Err(LENGTHS);
@@ -247,7 +247,7 @@ mod tests {
         data.extend_from_slice(&[0, 0, 0, 0]);
         let request = ContextRequest::parse(&data).unwrap();
         assert_eq!(request.name, "d");
-        assert_eq!(request.queries, [b"base:".as_slice(), b""]);
+        assert_eq!(request.queries, ["base:", ""]);
         for length in 0..data.len() {
             let refusal = ContextRequest::parse(&data[..length]).unwrap_err();
             assert_eq!(refusal.reply, OptionReplyType::ErrInvalid, "{length}");

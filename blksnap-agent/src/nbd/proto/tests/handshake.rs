@@ -481,6 +481,33 @@ fn contexts_are_selected_by_whole_name_only() {
 }
 
 #[test]
+fn a_context_that_cant_be_told_fails_the_selection_with_the_reason() {
+    let since = "qemu:dirty-bitmap:since-x-1";
+    let (replies, outcome) = talk(&[
+        option(8, b""),
+        option(10, &contexts("disk", &[ALLOCATION])),
+        option(10, &contexts("disk", &[ALLOCATION, since])),
+        option(9, &contexts("disk", &[since])),
+        option(7, &info("disk", &[])),
+    ]);
+    let refused = &replies[3];
+    assert_eq!((refused.0, refused.1), (10, OptionReplyType::ErrInvalid));
+    assert_eq!(refused.2, b"full copy needed: x-1 is too old");
+    assert_eq!(
+        (replies[4].0, replies[4].1),
+        (9, OptionReplyType::Ack),
+        "listing finds nothing"
+    );
+    let Outcome::Entered(established) = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert!(
+        established.session.contexts.is_empty(),
+        "a failed selection replaces too"
+    );
+}
+
+#[test]
 fn context_options_with_errors() {
     for number in [9, 10] {
         assert_eq!(

@@ -62,6 +62,12 @@ impl Catalog for Shelf {
             export,
         })
     }
+
+    fn refuse_context(&self, _: &&'static str, query: &str) -> Option<String> {
+        query
+            .strip_prefix("qemu:dirty-bitmap:since-")
+            .map(|base| format!("full copy needed: {base} is too old"))
+    }
 }
 
 /// How a handshake ended.
