@@ -19,13 +19,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::sys::stat::{major, minor};
 use nix::unistd::{Whence, lseek};
 
 use super::changes::Changes;
@@ -34,6 +36,7 @@ use super::proto::context::BASE_ALLOCATION;
 use super::proto::wire::AllocationState;
 use super::proto::{BlockSizes, ContextName, StatusExtent};
 use crate::cbt::ReadMap;
+use crate::sys::ioctl;
 use crate::units::Extent;
 
 /// Most extents that are looked for in one answer about allocation: each is two system calls.
@@ -57,7 +60,57 @@ pub struct FileExport {
     changes: Option<Changes>,
 }
 
+/// A file that can't be exported.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A call to the kernel failed.
+    #[error("export {path}: {action}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("export {0}: only a regular file or a block device can be served")]
+    Kind(PathBuf),
+}
+
 impl FileExport {
+    /// Exports the whole of the regular file or block device `path` as `name`, for reading, and for writing if
+    /// `writable` is set.
+    ///
+    /// # Errors
+    /// It can't be opened so, its size can't be found, or it is something else.
+    pub fn open(name: impl Into<String>, path: &Path, writable: bool) -> Result<Self, OpenError> {
+        let failed = |action, source| OpenError::Io {
+            path: path.to_owned(),
+            action,
+            source,
+        };
+        let file = File::options()
+            .read(true)
+            .write(writable)
+            .open(path)
+            .map_err(|source| failed("open it", source))?;
+        let metadata = file
+            .metadata()
+            .map_err(|source| failed("ask what it is", source))?;
+        let (size, rotational) = if metadata.is_file() {
+            (metadata.len(), false)
+        } else if metadata.file_type().is_block_device() {
+            let size =
+                ioctl::blkgetsize64(&file).map_err(|errno| failed("ask for its size", errno.into()))?;
+            (size, is_rotational(metadata.rdev()))
+        } else {
+            return Err(OpenError::Kind(path.to_owned()));
+        };
+        let export = Self::new(name, Arc::new(file), size).with_rotational(rotational);
+        Ok(if writable { export.writable() } else { export })
+    }
+
     /// Exports the first `size` bytes of `file` as `name`, read-only.
     #[must_use]
     pub fn new(name: impl Into<String>, file: Arc<File>, size: u64) -> Self {
@@ -232,6 +285,15 @@ impl FileExport {
         }
         Ok(extents)
     }
+}
+
+/// Whether sysfs calls the device rotational; a partition's disk has the queue.
+fn is_rotational(device: u64) -> bool {
+    let directory = format!("/sys/dev/block/{}:{}", major(device), minor(device));
+    ["queue", "../queue"]
+        .iter()
+        .find_map(|queue| std::fs::read_to_string(format!("{directory}/{queue}/rotational")).ok())
+        .is_some_and(|told| told.trim() == "1")
 }
 
 impl Export for FileExport {

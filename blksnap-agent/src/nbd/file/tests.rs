@@ -288,3 +288,28 @@ fn a_read_only_export_changes_nothing() {
     }
     export.flush().unwrap();
 }
+
+#[test]
+fn files_are_opened_with_their_size_and_other_things_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    std::fs::write(&path, vec![3; 5000]).unwrap();
+    let export = FileExport::open("x", &path, false).unwrap();
+    assert_eq!((export.size(), export.read_only()), (5000, true));
+    let export = FileExport::open("x", &path, true).unwrap();
+    assert!(!export.read_only());
+    export.write_at(Bytes::from_static(b"end"), 4997, true).unwrap();
+    assert_eq!(&std::fs::read(&path).unwrap()[4997..], b"end");
+    for (path, writable) in [(directory.path(), false), (Path::new("/dev/null"), true)] {
+        let refused = FileExport::open("x", path, writable);
+        assert!(matches!(refused, Err(OpenError::Kind(_))), "{refused:?}");
+    }
+    let missing = FileExport::open("x", &directory.path().join("none"), false).unwrap_err();
+    assert!(matches!(
+        missing,
+        OpenError::Io {
+            action: "open it",
+            ..
+        }
+    ));
+}

@@ -214,7 +214,7 @@ proptest! {
         let merged = reply::merged(&extents, length, one);
         let told: Vec<u32> = merged
             .iter()
-            .flat_map(|one| std::iter::repeat_n(one.flags, one.length as usize))
+            .flat_map(|one| (0..one.length).map(|_| one.flags))
             .collect();
         prop_assert!(told.len() as u64 <= length);
         prop_assert!(bytes.starts_with(&told));
