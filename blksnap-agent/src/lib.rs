@@ -14,6 +14,7 @@
 //! | [`tracker`] | the eBPF programs and what they record |
 //! | [`filter`] | how old data survives; `converge` needs to hold no write |
 //! | [`statefile`] | small documents that survive a crash |
+//! | [`seal`] | change maps that go on after a reboot |
 //! | [`storage`] | difference storage |
 //! | [`snapshot`] | snapshots over several devices, one instant |
 //! | [`backup`] | raw image files, full and incremental |
@@ -32,6 +33,7 @@ pub mod disk;
 pub mod engine;
 pub mod filter;
 pub mod nbd;
+pub mod seal;
 pub mod snapshot;
 pub mod statefile;
 pub mod storage;

@@ -192,6 +192,22 @@ impl DeviceIdentity {
             || by_table
     }
 
+    /// Whether what sysfs told ([`DeviceIdentity::of`]) may be the device that this was. The UUID of a partition, which
+    /// older kernels don't tell there, is left out where it is missing.
+    #[must_use]
+    pub fn may_be(&self, seen: &Self) -> bool {
+        let mut was = self.clone();
+        if let (Some(was), Some(seen)) = (&mut was.partition, &seen.partition)
+            && seen.uuid.is_none()
+        {
+            was.uuid = None;
+        }
+        !matches!(
+            was.same_device(seen),
+            Err(Difference::Other { .. } | Difference::Unknown { .. })
+        )
+    }
+
     /// Whether `now` is the device that this was, whatever its length is.
     ///
     /// # Errors

@@ -48,6 +48,8 @@ fn answers(map: &CbtMap) -> Vec<String> {
     answers
 }
 
+type Change<'a> = &'a dyn Fn(&mut SavedHeader, &mut Vec<u8>, &mut Option<Vec<u8>>);
+
 #[test]
 fn parts_that_do_not_belong_together_are_refused() {
     let mut map = map_of(100);
@@ -62,14 +64,14 @@ fn parts_that_do_not_belong_together_are_refused() {
     );
     assert!(CbtMap::restore(&header, bytes.clone(), Some(read.clone())).is_ok());
 
-    let with = |change: &dyn Fn(&mut SavedHeader, &mut Vec<u8>, &mut Option<Vec<u8>>)| {
+    let with = |change: Change<'_>| {
         let (mut header, mut bytes, mut read) = (header.clone(), bytes.clone(), Some(read.clone()));
         change(&mut header, &mut bytes, &mut read);
         CbtMap::restore(&header, bytes, read)
             .map(|_| ())
             .map_err(|error| error.to_string())
     };
-    let refused = |change: &dyn Fn(&mut SavedHeader, &mut Vec<u8>, &mut Option<Vec<u8>>), why: &str| {
+    let refused = |change: Change<'_>, why: &str| {
         let error = with(change).unwrap_err();
         assert!(error.contains(why), "{error}, not {why}");
     };

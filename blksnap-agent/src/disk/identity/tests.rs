@@ -63,6 +63,15 @@ impl FakeSysfs {
             fs::write(path, value).unwrap();
         }
     }
+
+    /// Makes `below` a slave of the device at `place`.
+    pub(crate) fn stack(&self, place: &str, below: &str) {
+        let devices = self.root.path().join("devices");
+        let slaves = devices.join(place).join("slaves");
+        fs::create_dir_all(&slaves).unwrap();
+        let name = below.rsplit('/').next().unwrap();
+        symlink(devices.join(below), slaves.join(name)).unwrap();
+    }
 }
 
 /// The text of a `stat` attribute.
