@@ -7,6 +7,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -135,6 +137,8 @@ impl Daemon {
             .arg(self.runtime_dir())
             .arg("--storage")
             .arg(self.storage())
+            .arg("--bpffs")
+            .arg(self.bpffs())
             .args(options.ring_bytes.map(|bytes| format!("--ring-bytes={bytes}")))
             .args(&options.arguments)
             .envs(options.environment.iter().map(|(k, v)| (k, v)))
@@ -186,6 +190,12 @@ impl Daemon {
     #[must_use]
     pub fn storage(&self) -> PathBuf {
         self.directory.path().join("storage")
+    }
+
+    /// Mount point of the BPF file system of its pins.
+    #[must_use]
+    pub fn bpffs(&self) -> PathBuf {
+        self.directory.path().join("bpf")
     }
 
     /// A directory for the test's own files, removed with the daemon.
@@ -323,6 +333,14 @@ impl Drop for Daemon {
         }
         if std::thread::panicking() {
             complain(format_args!("log of the daemon:\n{}", self.log()));
+        }
+        // With its mount, everything goes that was pinned.
+        let bpffs = self.bpffs();
+        if bpffs.exists()
+            && let Err(errno) = umount2(&bpffs, MntFlags::MNT_DETACH)
+            && errno != Errno::EINVAL
+        {
+            complain(format_args!("unmount {}: {errno}", bpffs.display()));
         }
     }
 }

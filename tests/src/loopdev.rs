@@ -114,6 +114,19 @@ impl LoopDevice {
         self.directory.path().join("disk.img")
     }
 
+    /// Detaches the device and attaches a new file of the same size under the same name.
+    ///
+    /// # Errors
+    /// Somebody uses the device, or took its number meanwhile.
+    pub fn replace(&mut self) -> Result<()> {
+        let image = self.image();
+        let length = std::fs::metadata(&image)?.len();
+        run("losetup", [Path::new("--detach"), &self.node])?;
+        std::fs::remove_file(&image)?;
+        std::fs::File::create(&image)?.set_len(length)?;
+        run("losetup", [&self.node, &image]).map(drop)
+    }
+
     /// Makes a file system of `kind` (`ext4`, `xfs`, `btrfs`) on the whole device.
     ///
     /// # Errors

@@ -126,7 +126,7 @@ fn a_command_waits_for_a_daemon_that_is_starting() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("run/control.sock");
     let mut daemon = Command::new(agent_binary().unwrap())
-        .args(["daemon", "--socket", path(&socket), "--storage"])
+        .args(["daemon", "--no-pins", "--socket", path(&socket), "--storage"])
         .arg(directory.path().join("storage"))
         .stdin(Stdio::null())
         .stderr(Stdio::null())
@@ -385,15 +385,33 @@ fn a_daemon_ends_in_order_and_starts_again() {
     }
     daemon.run(["snapshot", "create", path(device.path())]).unwrap();
     assert_eq!(daemon.stop().unwrap(), 0);
-    assert!(!daemon.runtime_dir().exists());
+    // What is kept of the tracked device, and nothing else.
+    let left: Vec<_> = std::fs::read_dir(daemon.runtime_dir())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(left, ["devices"]);
     assert_eq!(std::fs::read_dir(daemon.storage()).unwrap().count(), 0);
     // After a kill, too, although the sockets stay.
     for _ in 0..2 {
         daemon.launch(&DaemonOptions::default()).unwrap();
-        assert!(tracked(&daemon).is_empty());
+        assert_eq!(tracked(&daemon), [path(device.path())]);
         daemon.kill().unwrap();
         assert!(daemon.control_socket().exists());
     }
+    let [bpffs, runtime] = [daemon.bpffs(), daemon.runtime_dir()];
+    let purge = [
+        "daemon",
+        "--purge",
+        "--bpffs",
+        path(&bpffs),
+        "--runtime-dir",
+        path(&runtime),
+    ];
+    assert!(daemon.run(purge).unwrap().contains("tracking has ended"));
+    assert!(daemon.run(purge).unwrap().contains("nothing was pinned"));
+    daemon.launch(&DaemonOptions::default()).unwrap();
+    assert!(tracked(&daemon).is_empty());
 }
 
 /// A file system of its own, `size` bytes large.

@@ -9,7 +9,7 @@ use super::report::{Mode, Report};
 use super::session::Session;
 use super::sidecar::SidecarDevice;
 use super::{BackupError, Control};
-use crate::cbt::{Base, FullNeeded, FullReason, ResetReason};
+use crate::cbt::{Base, CbtMap, FullNeeded, FullReason, ResetReason};
 use crate::filter::converge::{self, ConvergeError, Converged, FreezeHook, Initial, Limits, Target};
 use crate::tracker::TrackedDevice;
 
@@ -89,7 +89,7 @@ impl Live<'_> {
         let facts = DeviceFacts {
             path: self.described.path.clone(),
             capacity: self.described.capacity,
-            map: self.device.with_map(|map| map.info()),
+            map: self.device.with_map(CbtMap::info),
         };
         let reason = match self.session.plan(incremental, &facts) {
             Plan::Full { why } => why,

@@ -386,7 +386,11 @@ impl CbtMap {
         Some((start.count() >> shift, last >> shift))
     }
 
-    fn check_range(&self, start: Sectors, count: Sectors) -> Result<(), MapError> {
+    /// Whether the sectors are of the device.
+    ///
+    /// # Errors
+    /// They reach past its end.
+    pub fn check_range(&self, start: Sectors, count: Sectors) -> Result<(), MapError> {
         start
             .count()
             .checked_add(count.count())

@@ -124,9 +124,11 @@ impl Command {
 #[command(after_help = "Examples:
   sudo blksnap-agent daemon
   sudo blksnap-agent daemon --storage /mnt/big/blksnap --metrics-listen 127.0.0.1:9911
+  sudo blksnap-agent daemon --purge
 
-It ends by SIGTERM or Ctrl-C: snapshots are destroyed and sockets removed. Under systemd it is a service of
-Type=notify.")]
+It ends by SIGTERM or Ctrl-C: snapshots are destroyed and sockets removed. Devices stay tracked by the kernel, and
+the next daemon goes on with them, also after a kill or an upgrade. `--purge` ends that. Under systemd it is a
+service of Type=notify.")]
 pub struct Daemon {
     /// Directory of the sockets control.sock and nbd.sock [default: the one of --socket]
     #[arg(long, value_name = "DIR")]
@@ -135,6 +137,18 @@ pub struct Daemon {
     /// Directory for the copies of snapshots that name none
     #[arg(long, value_name = "DIR", default_value = crate::daemon::STORAGE)]
     pub storage: PathBuf,
+
+    /// BPF file system that keeps tracking alive while no daemon runs; mounted where it is missing
+    #[arg(long, value_name = "DIR", default_value = crate::tracker::BPFFS)]
+    pub bpffs: PathBuf,
+
+    /// Let tracking end with the daemon
+    #[arg(long)]
+    pub no_pins: bool,
+
+    /// End all tracking that goes on without a daemon, remove what is kept of it, and exit
+    #[arg(long, conflicts_with = "no_pins")]
+    pub purge: bool,
 
     /// Serve /metrics over TCP too, on a loopback address
     #[arg(long, value_name = "ADDRESS:PORT")]

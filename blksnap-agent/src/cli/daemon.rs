@@ -1,15 +1,19 @@
 //! `daemon`.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::args;
 use crate::cbt::TrackingParams;
 use crate::control::{CONTROL_SOCKET, NBD_SOCKET};
 use crate::daemon::{self, Config};
 use crate::telemetry::log;
-use crate::tracker::TrackerConfig;
+use crate::tracker::{self, KeepConfig, TrackerConfig};
+
+/// Directory of the devices' documents, in the runtime directory.
+const DOCUMENTS: &str = "devices";
 
 pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
     let (runtime_dir, control_socket) = match options.runtime_dir {
@@ -22,6 +26,10 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
             socket.to_owned(),
         ),
     };
+    let documents = std::path::absolute(runtime_dir.join(DOCUMENTS))?;
+    if options.purge {
+        return purge(&options.bpffs, &documents);
+    }
     let default = TrackerConfig::default();
     let ring_bytes = match options.ring_bytes {
         // Too large for the field is too large for the kernel: the tracker says so.
@@ -44,7 +52,31 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
         tracker: TrackerConfig {
             ring_bytes,
             btf: options.btf,
+            keep: (!options.no_pins).then_some(KeepConfig {
+                bpffs: options.bpffs,
+                documents,
+            }),
         },
     })?;
+    Ok(())
+}
+
+/// Ends all tracking that goes on without a daemon, and removes what is kept of it.
+fn purge(bpffs: &Path, documents: &Path) -> Result<()> {
+    let any = tracker::purge(bpffs)?;
+    match std::fs::remove_dir_all(documents) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("remove {}", documents.display()));
+        }
+        _ => {}
+    }
+    println!(
+        "{}",
+        if any {
+            "tracking has ended, and its pins are removed: the next backup of every device is a full one"
+        } else {
+            "nothing was pinned"
+        }
+    );
     Ok(())
 }

@@ -46,7 +46,7 @@ impl Tell for TrackerError {
             Self::HookDead(_) => Code::Unsupported,
             Self::Disk(error) => error.code(),
             Self::Btf(_) | Self::Load(_) => Code::System,
-            Self::Map { .. } | Self::Io { .. } => Code::Io,
+            Self::Map { .. } | Self::Io { .. } | Self::Pin(_) | Self::State(_) => Code::Io,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Bitmap: one bit per tracking block and period, written by the programs, mapped here.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use aya::maps::{ArrayOfMaps, Map, MapData, MapError};
@@ -11,6 +12,7 @@ use crate::sys::mman::SharedWords;
 use crate::units::{BlockSize, Extent, Sectors};
 
 use super::TrackerError;
+use super::pins::{self, PinError};
 
 /// `BPF_MAP_TYPE_ARRAY`.
 const MAP_TYPE_ARRAY: u32 = 2;
@@ -24,6 +26,8 @@ const F_INNER_MAP: u32 = 1 << 12;
 pub(super) struct Bitmap {
     pub(super) map: MapData,
     shared: SharedWords,
+    /// Where it is pinned. Dropping it leaves the pin.
+    pin: Option<PathBuf>,
 }
 
 impl Bitmap {
@@ -41,7 +45,71 @@ impl Bitmap {
         let map = MapData::create(description, "blksnap_bitmap", None).map_err(|e| error(one_line(&e)))?;
         let shared = SharedWords::map(map.fd().as_fd(), words as usize).map_err(|e| error(e.to_string()))?;
         shared.words()[0].store(period, Ordering::Release);
-        Ok(Self { map, shared })
+        Ok(Self {
+            map,
+            shared,
+            pin: None,
+        })
+    }
+
+    /// The bitmap of `blocks` bits behind `map`, made by an agent before.
+    pub(super) fn open(map: MapData, slot: u32, blocks: u64) -> Result<Self, TrackerError> {
+        let error = |reason: String| TrackerError::Map {
+            action: "open a bitmap of",
+            slot,
+            reason,
+        };
+        let words = blocks.div_ceil(64) + u64::from(BITMAP_HEADER_WORDS);
+        let found = map.info().map_err(|e| error(one_line(&e)))?.max_entries();
+        if u64::from(found) != words {
+            return Err(error(format!("it has {found} words, not {words}")));
+        }
+        let shared = SharedWords::map(map.fd().as_fd(), found as usize).map_err(|e| error(e.to_string()))?;
+        Ok(Self {
+            map,
+            shared,
+            pin: None,
+        })
+    }
+
+    /// The kernel's number of the map.
+    pub(super) fn id(&self) -> Result<u32, TrackerError> {
+        let info = self.map.info().map_err(|e| TrackerError::Load(one_line(&e)))?;
+        Ok(info.id())
+    }
+
+    /// Pins it: it lives on without this process.
+    pub(super) fn pinned(mut self, path: PathBuf) -> Result<Self, PinError> {
+        pins::pin_map(self.map.fd().as_fd(), &path)?;
+        self.pin = Some(path);
+        Ok(self)
+    }
+
+    /// The same, found pinned at `path`.
+    pub(super) fn found_at(mut self, path: PathBuf) -> Self {
+        self.pin = Some(path);
+        self
+    }
+
+    /// Where it is pinned.
+    pub(super) fn pin(&self) -> Option<&Path> {
+        self.pin.as_deref()
+    }
+
+    /// Number of its period.
+    pub(super) fn period(&self) -> u64 {
+        self.shared.words()[0].load(Ordering::Acquire)
+    }
+
+    /// Sets the bits that are set in `words`.
+    pub(super) fn add(&self, words: &[u64]) {
+        for (mine, theirs) in self.shared.words()[BITMAP_HEADER_WORDS as usize..]
+            .iter()
+            .zip(words)
+            .filter(|(_, theirs)| **theirs != 0)
+        {
+            mine.fetch_or(*theirs, Ordering::AcqRel);
+        }
     }
 
     /// Whether no bit is set.

@@ -9,6 +9,8 @@
 //! is read from it afterwards is complete: a write is either in the closed bitmap, or in the new one. Ring
 //! records only make the map current in between; a record of a closed period is ignored, since the bitmap had it.
 
+mod keeping;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,10 +20,13 @@ use blksnap_common::blockrange::{BlockRange, blocks_of};
 use blksnap_common::track::{OP_KINDS, Record, Slot, SlotState};
 use serde::Serialize;
 
+pub use keeping::Lost;
+
 use super::bitmap::{Bitmap, BitmapTable, DirtyBlocks};
+use super::keep::Keep;
 use super::object::RunMisses;
 use super::watch::Watchers;
-use super::{Shared, TrackerError, probe, record};
+use super::{Shared, TrackerError, pins, probe, record};
 use crate::cbt::{CbtMap, MapError, ReadMap, ResetReason, Taken};
 use crate::disk::{BlockDevice, DiskError};
 use crate::units::{BlockSize, Generation, Sectors};
@@ -70,6 +75,8 @@ pub struct TrackedDevice {
     ring_full_seen: AtomicU64,
     /// Values of the slot's state when it was attached: slots are used again.
     at_attach: SlotState,
+    /// One save at a time.
+    saving: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -78,15 +85,51 @@ struct State {
     table: BitmapTable,
     bitmap: Bitmap,
     period: u64,
-    /// Whole-device operations and errors handled so far.
-    whole_device: u64,
-    errors: u64,
-    /// Passthrough commands when this generation began.
-    passthrough: u64,
-    /// Skipped runs of the steady programs when this generation began.
-    run_misses: u64,
+    /// Rare events handled so far; passthrough commands when this generation began.
+    seen: SlotState,
+    /// Skipped runs of the steady programs when this generation began, by the number of the first program: of this
+    /// agent, and of those before.
+    misses: BTreeMap<u32, u64>,
+    /// What outlives the agent.
+    keep: Option<Keep>,
+    /// The document lacks something that it should have soon.
+    unsaved: bool,
     resets: BTreeMap<ResetReason, u64>,
     watchers: Watchers,
+}
+
+impl State {
+    /// Marks blocks in the open period, and keeps them for the next agent.
+    fn mark(&mut self, dirty: &DirtyBlocks) {
+        if let Some(keep) = &self.keep {
+            keep.add(dirty.words());
+        }
+        dirty.mark(&mut self.map);
+    }
+
+    fn corrupt(&mut self, reason: ResetReason) {
+        self.map.corrupt(reason);
+        self.unsaved = true;
+    }
+}
+
+/// Ranges can't be marked.
+#[derive(Debug, thiserror::Error)]
+pub enum MarkError {
+    /// A range is not of the device.
+    #[error(transparent)]
+    Range(#[from] MapError),
+    /// The mark would not survive the agent.
+    #[error(transparent)]
+    Save(#[from] TrackerError),
+}
+
+/// A bitmap for the programs, pinned where things are kept.
+fn open_bitmap(keep: Option<&Keep>, slot: u32, blocks: u64, period: u64) -> Result<Bitmap, TrackerError> {
+    match keep {
+        Some(keep) => keep.bitmap(period),
+        None => Bitmap::new(slot, blocks, period),
+    }
 }
 
 impl TrackedDevice {
@@ -112,9 +155,14 @@ impl TrackedDevice {
         let disk = device.disk_id.kernel_dev();
         let kind = probe::disk_kind(&device);
         let mut object = shared.object();
+        object.pin()?;
         let id = object.reserve(disk, &device.path.display().to_string())?;
         let started = (|| {
-            let bitmap = Bitmap::new(id, blocks, 1)?;
+            let keep = match (object.pins(), &shared.documents) {
+                (Some(pins), Some(documents)) => Some(Keep::create(pins, documents, id, blocks)?),
+                _ => None,
+            };
+            let bitmap = open_bitmap(keep.as_ref(), id, blocks, 1)?;
             let slot = Slot {
                 first_sector: device.first_sector.count(),
                 end_sector: device.first_sector.count() + device.capacity.count(),
@@ -125,14 +173,24 @@ impl TrackedDevice {
             };
             object.guards.set(id, device.id)?;
             let at_attach = shared.slot_state(id);
-            let run_misses = object.run_misses()?.steady;
+            let misses = object.misses_by_set()?;
             let mut table = object.bitmap_table()?;
             table.set(id, &bitmap)?;
             object.insert(disk, slot, kind)?;
-            Ok((slot, table, bitmap, at_attach, run_misses))
+            Ok((slot, table, bitmap, at_attach, misses, keep))
         })();
-        let (slot, table, bitmap, at_attach, run_misses) =
-            started.inspect_err(|_: &TrackerError| object.release(id))?;
+        let (slot, table, bitmap, at_attach, misses, keep) = match started {
+            Ok(started) => started,
+            Err(error) => {
+                // What is left of the slot has no document: nobody takes it for tracked.
+                if let Some(pins) = object.pins() {
+                    let _ = pins::remove_tree(&pins.slot(id));
+                }
+                object.release(id);
+                let _ = object.unpin_if_unused();
+                return Err(error);
+            }
+        };
         drop(object);
         let tracked = Self {
             device,
@@ -144,10 +202,13 @@ impl TrackedDevice {
                 table,
                 bitmap,
                 period: 1,
-                whole_device: at_attach.whole_device,
-                errors: at_attach.errors,
-                passthrough: at_attach.passthrough,
-                run_misses,
+                seen: at_attach,
+                misses: misses
+                    .into_iter()
+                    .filter_map(|(set, n)| Some((set, n?)))
+                    .collect(),
+                keep,
+                unsaved: false,
                 resets: BTreeMap::from([(began, 1)]),
                 watchers: Watchers::default(),
             }),
@@ -155,13 +216,17 @@ impl TrackedDevice {
             ledger: Mutex::new(0),
             ring_full_seen: AtomicU64::new(at_attach.ring_full),
             at_attach,
+            saving: Mutex::new(()),
         };
-        match tracked.hook_is_alive() {
-            Ok(true) => Ok(tracked),
-            Ok(false) => {
-                tracked.detach()?;
+        let proven = tracked.hook_is_alive().and_then(|alive| {
+            if alive {
+                tracked.save()
+            } else {
                 Err(TrackerError::HookDead(tracked.device.path.display().to_string()))
             }
+        });
+        match proven {
+            Ok(()) => Ok(tracked),
             Err(error) => {
                 tracked.detach()?;
                 Err(error)
@@ -196,21 +261,29 @@ impl TrackedDevice {
             return Err(TrackerError::NotAttached(self.device.id));
         }
         let blocks = self.block_size.blocks_in(self.device.capacity);
-        let next = Bitmap::new(self.slot.id, blocks, state.period + 1)?;
+        let next = open_bitmap(state.keep.as_ref(), self.slot.id, blocks, state.period + 1)?;
         state.table.set(self.slot.id, &next)?;
         let closed = std::mem::replace(&mut state.bitmap, next);
         state.period += 1;
         let mut dirty = DirtyBlocks::new(closed.bits());
         let seen = self.shared.slot_state(self.slot.id);
-        if seen.whole_device != state.whole_device {
-            state.whole_device = seen.whole_device;
+        if seen.whole_device != state.seen.whole_device {
             dirty = DirtyBlocks::all(blocks);
         }
-        if seen.errors != state.errors {
-            state.errors = seen.errors;
+        if seen.errors != state.seen.errors {
             state.map.corrupt(ResetReason::MapError);
+            state.unsaved = true;
         }
-        dirty.mark(&mut state.map);
+        state.seen = SlotState {
+            // Handled where the generation ends.
+            passthrough: state.seen.passthrough,
+            ..seen
+        };
+        state.mark(&dirty);
+        if let Some(pin) = closed.pin() {
+            // Its blocks are kept: one that stays is only marked again.
+            pins::remove_tree(pin)?;
+        }
         state.watchers.tell(&dirty);
         Ok(dirty)
     }
@@ -222,7 +295,9 @@ impl TrackedDevice {
     pub fn is_clean(&self) -> bool {
         let state = self.state();
         let seen = self.shared.slot_state(self.slot.id);
-        state.bitmap.is_clear() && seen.whole_device == state.whole_device && seen.errors == state.errors
+        state.bitmap.is_clear()
+            && seen.whole_device == state.seen.whole_device
+            && seen.errors == state.seen.errors
     }
 
     /// Hands the blocks of every period closed from now on to `watcher`, too.
@@ -231,7 +306,8 @@ impl TrackedDevice {
     }
 
     /// Ends the snapshot period of the change map. The caller has closed the bitmap's period at the instant, and
-    /// keeps writers away or proves that there were none.
+    /// keeps writers away or proves that there were none. Nobody must be told of the take before [`Self::save`]
+    /// has kept it.
     ///
     /// # Errors
     /// The map can't be made anew for the device's capacity.
@@ -254,15 +330,38 @@ impl TrackedDevice {
         if let Some(reason) = taken.reset {
             tracing::warn!(device = %self.device.path.display(), reason = reason.code(), "the change map started over");
             *state.resets.entry(reason).or_default() += 1;
-            state.run_misses = misses.steady;
-            state.passthrough = passthrough;
+            state.misses = BTreeMap::from([(self.shared.programs, misses.steady)]);
+            state.seen.passthrough = passthrough;
         }
+        state.unsaved = true;
         Ok((taken, state.map.read_map()))
     }
 
     /// Runs `f` on the change map. Keep it short: the tracker's thread waits.
-    pub fn with_map<T>(&self, f: impl FnOnce(&mut CbtMap) -> T) -> T {
-        f(&mut self.state().map)
+    pub fn with_map<T>(&self, f: impl FnOnce(&CbtMap) -> T) -> T {
+        f(&self.state().map)
+    }
+
+    /// Marks blocks in the open period of the change map.
+    pub fn mark(&self, dirty: &DirtyBlocks) {
+        self.state().mark(dirty);
+    }
+
+    /// Marks sectors in both maps, as [`CbtMap::mark_both`], and keeps that. All ranges are looked at first.
+    ///
+    /// # Errors
+    /// One reaches past the end: nothing is marked. Or the document can't be written.
+    pub fn mark_both(&self, ranges: &[(Sectors, Sectors)]) -> Result<(), MarkError> {
+        {
+            let mut state = self.state();
+            for (start, count) in ranges {
+                state.map.check_range(*start, *count)?;
+            }
+            for (start, count) in ranges {
+                state.map.mark_both(*start, *count)?;
+            }
+        }
+        Ok(self.save()?)
     }
 
     /// From here on writes are marked again when they complete. Calls nest.
@@ -294,7 +393,7 @@ impl TrackedDevice {
         let mut state = self.state();
         let stopped = self.end_ledger(&mut state);
         if stopped.is_err() {
-            state.map.corrupt(ResetReason::MapError);
+            state.corrupt(ResetReason::MapError);
         }
         stopped
     }
@@ -303,11 +402,13 @@ impl TrackedDevice {
         let disk = self.device.disk_id.kernel_dev();
         let mut object = self.shared.object();
         object.set_ledger(disk, self.slot.id, false)?;
+        let mut dirty = DirtyBlocks::default();
         for (sector, sectors) in object.in_flight(disk)? {
             if let Some(BlockRange { first, last }) = blocks_of(&self.slot, sector, sectors) {
-                state.map.mark_blocks(first, last);
+                dirty.insert(first, last);
             }
         }
+        state.mark(&dirty);
         object.drop_ledger_if_unused()
     }
 
@@ -346,7 +447,7 @@ impl TrackedDevice {
         {
             tracing::error!(device = %self.device.path.display(), reason = reason.code(),
                 "the change map may miss writes: the next backup must be a full one");
-            state.map.corrupt(reason);
+            state.corrupt(reason);
         }
         state.map.corrupted()
     }
@@ -362,7 +463,7 @@ impl TrackedDevice {
             }
         }
         match misses {
-            Ok(misses) if misses.steady == state.run_misses => {}
+            Ok(misses) if Some(&misses.steady) == state.misses.get(&self.shared.programs) => {}
             Ok(_) => return Some(ResetReason::RunMissed),
             Err(error) => {
                 tracing::warn!(%error, "can't tell whether the kernel skipped a tracking program");
@@ -370,15 +471,16 @@ impl TrackedDevice {
             }
         }
         let seen = self.shared.slot_state(self.slot.id);
-        if seen.passthrough != state.passthrough {
+        if seen.passthrough != state.seen.passthrough {
             return Some(ResetReason::PassthroughWrite);
         }
-        (seen.errors != state.errors).then_some(ResetReason::MapError)
+        (seen.errors != state.seen.errors).then_some(ResetReason::MapError)
     }
 
     /// Declares that the map may miss changes.
     pub fn corrupt(&self, reason: ResetReason) {
-        self.state().map.corrupt(reason);
+        self.state().corrupt(reason);
+        self.save_if_needed();
     }
 
     /// Capacity that the kernel reports now.
@@ -463,15 +565,26 @@ impl TrackedDevice {
             return Ok(());
         }
         let disk = self.device.disk_id.kernel_dev();
+        // A save under way would bring the document back.
+        let _saving = self
+            .saving
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut state = self.state();
         state.map.corrupt(ResetReason::Requested);
         let placeholder = Bitmap::new(self.slot.id, 1, 0)?;
+        if let Some(keep) = &state.keep {
+            keep.forget()?;
+        }
         let mut object = self.shared.object();
         object.remove(disk, self.slot.id)?;
         object.drop_ledger_if_unused()?;
         state.table.set(self.slot.id, &placeholder)?;
+        if let Some(keep) = state.keep.take() {
+            keep.remove()?;
+        }
         object.release(self.slot.id);
-        Ok(())
+        object.unpin_if_unused()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

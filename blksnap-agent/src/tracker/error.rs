@@ -3,7 +3,9 @@
 use std::io;
 
 use super::btf::BtfError;
+use super::pins::PinError;
 use crate::disk::DiskError;
+use crate::statefile::StateFileError;
 use crate::units::{DeviceId, UnitError};
 
 /// Something about tracking failed.
@@ -63,6 +65,12 @@ pub enum TrackerError {
         "the tracepoint does not fire for {0}: its driver bypasses the block layer, or tracing is stopped; it can't be tracked"
     )]
     HookDead(String),
+    /// What outlives the agent.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// The document of a device.
+    #[error(transparent)]
+    State(#[from] StateFileError),
     /// The device itself.
     #[error(transparent)]
     Disk(#[from] DiskError),

@@ -14,21 +14,26 @@
 //! replaced, a hook that does not fire: [`TrackedDevice::check_doubt`]. The map then answers "full needed" with
 //! the reason, rather than a list that may lack a block.
 
+mod adopt;
 mod bitmap;
 mod btf;
 mod device;
+mod document;
 mod empty;
 mod error;
 mod guards;
+mod keep;
 mod layout;
 mod object;
+mod pins;
 mod probe;
 pub mod record;
 #[cfg(test)]
 mod testing;
 mod watch;
 
-use std::path::PathBuf;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -38,10 +43,11 @@ use blksnap_common::track::{MAX_SLOTS, RECORD_BYTES, RING_BYTES, SlotState};
 
 pub use bitmap::DirtyBlocks;
 pub use btf::{BtfError, KernelBtf};
-pub use device::{DeviceCounters, LedgerStatus, TrackedDevice};
+pub use device::{DeviceCounters, LedgerStatus, Lost, MarkError, TrackedDevice};
 pub use empty::EmptyProgram;
 pub use error::TrackerError;
 pub use layout::Layout;
+pub use pins::{BPFFS, PinError, purge};
 pub use watch::DeviceWatch;
 
 use crate::cbt::{ResetReason, TrackingParams};
@@ -64,6 +70,18 @@ pub struct TrackerConfig {
     pub ring_bytes: u32,
     /// The kernel's type information.
     pub btf: PathBuf,
+    /// Where tracking goes on without this process; `None` if it ends with it.
+    pub keep: Option<KeepConfig>,
+}
+
+/// Where tracking goes on while no agent runs.
+#[derive(Clone, Debug)]
+pub struct KeepConfig {
+    /// Mount point of a BPF file system; one is mounted there where it is missing.
+    pub bpffs: PathBuf,
+    /// Directory of the devices' documents, made where it is missing. It must be on no device that is tracked: a
+    /// take waits for its files while nothing else is frozen any more, but a file system out of space fails it.
+    pub documents: PathBuf,
 }
 
 impl Default for TrackerConfig {
@@ -71,6 +89,7 @@ impl Default for TrackerConfig {
         Self {
             ring_bytes: RING_BYTES,
             btf: PathBuf::from(KernelBtf::PATH),
+            keep: None,
         }
     }
 }
@@ -89,6 +108,12 @@ struct Shared {
     object: Mutex<Object>,
     /// `STATE`: a [`SlotState`] per slot, as words.
     state: SharedWords,
+    /// Directory of the documents, where things are kept.
+    documents: Option<PathBuf>,
+    /// The kernel's number of map `BITMAPS`.
+    instance: u32,
+    /// The kernel's number of this agent's first steady program.
+    programs: u32,
 }
 
 impl std::fmt::Debug for Shared {
@@ -122,16 +147,19 @@ impl Shared {
 pub struct Tracker {
     shared: Arc<Shared>,
     devices: RwLock<Vec<Arc<TrackedDevice>>>,
+    /// What an agent before tracked, and this one can't go on with.
+    lost: Vec<Lost>,
     /// One attach or detach at a time.
     changing: Mutex<()>,
     drain: Mutex<Option<thread::JoinHandle<()>>>,
 }
 
 impl Tracker {
-    /// Loads the programs into the kernel and starts the thread that drains the ring.
+    /// Loads the programs into the kernel and starts the thread that drains the ring. Devices that an agent before
+    /// tracked are gone on with, where things are kept.
     ///
     /// # Errors
-    /// No type information, no privilege, a kernel that refuses the programs.
+    /// No type information, no privilege, a kernel that refuses the programs, pins that another agent uses.
     pub fn load(config: &TrackerConfig) -> Result<Arc<Self>, TrackerError> {
         Self::load_adjusted(config, |_| {})
     }
@@ -145,13 +173,22 @@ impl Tracker {
             ring,
             state,
             logger,
-        } = Object::load(config.ring_bytes, &config.btf, adjust)?;
+        } = Object::load(config, adjust)?;
+        if let Some(keep) = &config.keep {
+            prepare_documents(&keep.documents)?;
+        }
+        let shared = Arc::new(Shared {
+            instance: object.instance(),
+            programs: object.id(),
+            object: Mutex::new(object),
+            state,
+            documents: config.keep.as_ref().map(|keep| keep.documents.clone()),
+        });
+        let (devices, lost) = adopt::adopt(&shared)?;
         let tracker = Arc::new(Self {
-            shared: Arc::new(Shared {
-                object: Mutex::new(object),
-                state,
-            }),
-            devices: RwLock::new(Vec::new()),
+            shared,
+            devices: RwLock::new(devices),
+            lost,
             changing: Mutex::new(()),
             drain: Mutex::new(None),
         });
@@ -180,7 +217,13 @@ impl Tracker {
         if self.device(device.id).is_some() {
             return Err(TrackerError::Already(device.path.display().to_string()));
         }
-        self.attach_as(device, granularity, ResetReason::NewAttach)
+        // One that was tracked until now, and can't be gone on with, begins anew for that reason.
+        let began = self
+            .lost
+            .iter()
+            .find(|lost| lost.path.as_ref() == Some(&device.path))
+            .map_or(ResetReason::NewAttach, |lost| lost.reason);
+        self.attach_as(device, granularity, began)
     }
 
     fn attach_as(
@@ -246,6 +289,12 @@ impl Tracker {
             .clone()
     }
 
+    /// What an agent before tracked, and this one can't go on with: nothing of it is tracked any more.
+    #[must_use]
+    pub fn lost(&self) -> &[Lost] {
+        &self.lost
+    }
+
     fn write_devices(&self, change: impl FnOnce(&mut Vec<Arc<TrackedDevice>>)) {
         change(&mut self.devices.write().unwrap_or_else(PoisonError::into_inner));
     }
@@ -265,7 +314,22 @@ impl Drop for Tracker {
             // A drain thread that panicked has said so.
             let _ = thread.join();
         }
+        if let Some(documents) = &self.shared.documents {
+            // It stays where devices stay tracked.
+            let _ = std::fs::remove_dir(documents);
+        }
     }
+}
+
+fn prepare_documents(path: &Path) -> Result<(), TrackerError> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|source| TrackerError::Io {
+            action: format!("make the directory {}", path.display()),
+            source,
+        })
 }
 
 /// Body of the drain thread: until the tracker is gone.
@@ -306,6 +370,7 @@ fn drain(
             next_doubt = Instant::now() + DOUBT_INTERVAL;
             for device in &devices {
                 device.check_doubt();
+                device.save_if_needed();
             }
         }
         by_slot.clear();

@@ -3,12 +3,19 @@
 //! Everything here happens under one lock of the tracker. Replacing an element of `DISKS` or `BITMAPS` waits
 //! for running programs (`maybe_wait_bpf_programs` in `kernel/bpf/syscall.c`), so when a call returns, no
 //! program uses the old value any more.
+//!
+//! # From agent to agent
+//! While a device is tracked, maps, steady programs and what attaches them are pinned. The next agent loads its own
+//! programs over the pinned maps and attaches them; the programs before go when it has the documents of all devices
+//! in order ([`Object::drop_earlier`]). So there is no moment without a program, and a newer agent's programs take
+//! over at once. What both see is marked twice, which changes nothing but the counters.
 
-use std::collections::HashMap as StdHashMap;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
+mod pinned;
 
-use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
+use std::collections::{BTreeMap, HashMap as StdHashMap};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
 use aya::programs::BtfTracePoint;
 use aya::programs::tp_btf::BtfTracePointLinkId;
 use aya::{Btf, Ebpf, EbpfLoader};
@@ -17,13 +24,15 @@ use blksnap_common::track::{
     SLOT_LEDGER, SLOTS_PER_DISK, Slot, SlotCounters, SlotState, disk_entry,
 };
 
-use super::TrackerError;
 use super::bitmap::{BitmapTable, one_line};
 use super::btf::KernelBtf;
 use super::guards::Guards;
 use super::layout::Layout;
+use super::pins::{self, Pins};
 use super::probe::DiskKind;
+use super::{TrackerConfig, TrackerError};
 use crate::sys::mman::SharedWords;
+use pinned::{Earlier, Link};
 
 /// The compiled programs.
 pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/blksnap"));
@@ -32,6 +41,10 @@ pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_
 const STEADY: [&str; 3] = ["block_bio_queue", "block_bio_remap", "block_rq_issue"];
 /// Programs attached while a ledger is kept.
 const COMPLETE: [&str; 2] = ["block_rq_complete", "block_bio_complete"];
+/// Maps that outlive the agent.
+const MAPS: [&str; 7] = [
+    "DISKS", "BITMAPS", "STATE", "COUNTERS", "GUARDS", "LEDGER", "EVENTS",
+];
 
 /// What a fresh load hands to others.
 pub(super) struct Loaded {
@@ -59,6 +72,19 @@ impl RunMisses {
 /// Programs, maps and slots.
 pub(super) struct Object {
     ebpf: Ebpf,
+    /// Where everything is pinned while a device is tracked.
+    pins: Option<Pins>,
+    /// Whether it is.
+    pinned: bool,
+    /// Handles of [`MAPS`].
+    maps: Vec<(&'static str, OwnedFd)>,
+    links: Vec<(&'static str, Link)>,
+    /// The kernel's number of the first steady program.
+    id: u32,
+    /// The kernel's number of map `BITMAPS`: tells these maps from any others of this boot.
+    instance: u32,
+    /// Programs of agents before, by the number of their first.
+    earlier: BTreeMap<u32, Earlier>,
     disks: ArrayOfMaps<MapData, Array<MapData, DiskSlots>>,
     /// The disk in each entry of `DISKS`; `None` for one that was never used.
     entries: [Option<u32>; DISK_TABLE as usize],
@@ -74,22 +100,42 @@ pub(super) struct Object {
 }
 
 impl Object {
-    /// Loads programs and maps and attaches the steady programs; nothing is tracked yet.
+    /// Loads programs and maps and attaches the steady programs. Where maps are pinned they are gone on with,
+    /// otherwise nothing is tracked yet.
     pub(super) fn load(
-        ring_bytes: u32,
-        btf: &Path,
+        config: &TrackerConfig,
         adjust: impl FnOnce(&mut Layout),
     ) -> Result<Loaded, TrackerError> {
+        let mut ring_bytes = config.ring_bytes;
         if !ring_bytes.is_power_of_two() || ring_bytes < 4096 {
             return Err(TrackerError::RingSize(ring_bytes));
         }
         let load = |error: &dyn std::error::Error| TrackerError::Load(verdict(&one_line(error)));
-        let kernel = KernelBtf::read(btf)?;
+        let kernel = KernelBtf::read(&config.btf)?;
         let mut layout = Layout::of(&kernel)?;
         drop(kernel);
         adjust(&mut layout);
         let mut loader = EbpfLoader::new();
         layout.apply(&mut loader);
+        let pins = config
+            .keep
+            .as_ref()
+            .map(|keep| Pins::open(&keep.bpffs))
+            .transpose()?;
+        let adopted = pins.as_ref().filter(|pins| pins.has_maps(&MAPS));
+        let mut earlier = BTreeMap::new();
+        if let Some(pins) = adopted {
+            for name in MAPS {
+                loader.map_pin_path(name, pins.map(name));
+            }
+            let ring = pins::open_map(&pins.map("EVENTS"))?;
+            ring_bytes = ring.info().map_err(|e| load(&e))?.max_entries();
+            earlier = Earlier::find(pins)?;
+        } else if let Some(pins) = &pins {
+            // An agent that was killed while it pinned for its first device: nothing is tracked.
+            pins.clear()?;
+        }
+        let pinned = adopted.is_some();
         loader.map_max_entries("EVENTS", ring_bytes);
         let mut ebpf = loader.load(OBJECT).map_err(|e| load(&e))?;
         let aya_btf = Btf::from_sys_fs().map_err(|e| load(&e))?;
@@ -101,9 +147,19 @@ impl Object {
         let logger = aya_log::EbpfLogger::init(&mut ebpf)
             .inspect_err(|error| tracing::warn!(%error, "messages of the tracking programs are not shown"))
             .ok();
-        let mut take = |name: &str| {
-            ebpf.take_map(name)
-                .ok_or_else(|| TrackerError::Load(format!("the object has no map {name}")))
+        let mut maps = Vec::new();
+        let mut take = |name: &'static str| {
+            let map = ebpf
+                .take_map(name)
+                .ok_or_else(|| TrackerError::Load(format!("the object has no map {name}")))?;
+            let fd = map_data(&map)
+                .ok_or_else(|| TrackerError::Load(format!("map {name} is of another kind")))?
+                .fd()
+                .as_fd()
+                .try_clone_to_owned()
+                .map_err(|e| load(&e))?;
+            maps.push((name, fd));
+            Ok::<_, TrackerError>(map)
         };
         let state_map = take("STATE")?;
         let Map::Array(data) = &state_map else {
@@ -116,15 +172,21 @@ impl Object {
         let Map::ArrayOfMaps(data) = take("BITMAPS")? else {
             return Err(TrackerError::Load("map BITMAPS is no array of maps".to_owned()));
         };
+        let instance = data.info().map_err(|e| load(&e))?.id();
         let bitmaps = data.fd().as_fd().try_clone_to_owned().map_err(|e| load(&e))?;
         let counters = PerCpuArray::try_from(take("COUNTERS")?).map_err(|e| load(&e))?;
         let ledger = HashMap::try_from(take("LEDGER")?).map_err(|e| load(&e))?;
         let guards = Guards::new(take("GUARDS")?, layout.commands())?;
-        for name in STEADY {
-            program(&mut ebpf, name)?.attach().map_err(|e| load(&e))?;
-        }
-        let object = Self {
+        let id = program(&mut ebpf, STEADY[0])?.info().map_err(|e| load(&e))?.id();
+        let mut object = Self {
             ebpf,
+            pins,
+            pinned,
+            maps,
+            links: Vec::new(),
+            id,
+            instance,
+            earlier,
             disks,
             entries: [None; DISK_TABLE as usize],
             bitmaps,
@@ -135,12 +197,83 @@ impl Object {
             used: [false; MAX_SLOTS as usize],
             complete: Vec::new(),
         };
+        if pinned {
+            object.read_table()?;
+        }
+        for name in STEADY {
+            let program = program(&mut object.ebpf, name)?;
+            let link = program.attach().and_then(|id| program.take_link(id));
+            object
+                .links
+                .push((name, Link::Free(link.map_err(|e| load(&e))?.into())));
+        }
+        if pinned {
+            object.pin_programs()?;
+        }
         Ok(Loaded {
             object,
             ring,
             state,
             logger,
         })
+    }
+
+    /// Reads back what `DISKS` holds.
+    fn read_table(&mut self) -> Result<(), TrackerError> {
+        for entry in 0..DISK_TABLE {
+            let inner = match self.disks.get(&entry, 0) {
+                Ok(inner) => inner,
+                Err(MapError::KeyNotFound) => continue,
+                Err(error) => return Err(TrackerError::Load(one_line(&error))),
+            };
+            let slots = inner.get(&0, 0).map_err(|e| TrackerError::Load(one_line(&e)))?;
+            self.entries[entry as usize] = Some(slots.disk);
+            if slots.count > 0 {
+                for slot in &slots.slots[..slots.count as usize] {
+                    self.used[slot.id as usize] = true;
+                }
+                self.table.insert(slots.disk, slots);
+            }
+        }
+        Ok(())
+    }
+
+    /// All slots with their disks: of an agent before, right after the load.
+    pub(super) fn slots(&self) -> Vec<(u32, Slot)> {
+        self.table
+            .iter()
+            .flat_map(|(disk, slots)| {
+                slots.slots[..slots.count as usize]
+                    .iter()
+                    .map(|slot| (*disk, *slot))
+            })
+            .collect()
+    }
+
+    /// Where pins are, if they are made.
+    pub(super) fn pins(&self) -> Option<&Pins> {
+        self.pins.as_ref()
+    }
+
+    /// The kernel's number of map `BITMAPS`.
+    pub(super) fn instance(&self) -> u32 {
+        self.instance
+    }
+
+    /// The kernel's number of this agent's first steady program.
+    pub(super) fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// The bitmap that the programs write to for `slot`.
+    pub(super) fn open_bitmap(&self, slot: u32) -> Result<MapData, TrackerError> {
+        let data = MapData::from_fd(self.bitmaps.try_clone().map_err(|source| TrackerError::Io {
+            action: "open map BITMAPS again".to_owned(),
+            source,
+        })?);
+        data.and_then(|data| ArrayOfMaps::<_, MapData>::try_from(Map::ArrayOfMaps(data)))
+            .and_then(|table| table.get(&slot, 0))
+            .map_err(|e| map_error("open the bitmap of", slot, &e))
     }
 
     /// Reserves a slot on `disk`; nothing is tracked before [`Self::insert`].
@@ -309,12 +442,19 @@ impl Object {
     pub(super) fn run_misses(&mut self) -> Result<RunMisses, TrackerError> {
         let mut misses = RunMisses::default();
         for name in STEADY {
-            misses.steady += recursion_misses(&mut self.ebpf, name)?;
+            misses.steady += self.misses_of(name)?;
         }
         for name in COMPLETE {
-            misses.complete += recursion_misses(&mut self.ebpf, name)?;
+            misses.complete += self.misses_of(name)?;
         }
         Ok(misses)
+    }
+
+    fn misses_of(&mut self, name: &str) -> Result<u64, TrackerError> {
+        let fd = program(&mut self.ebpf, name)?
+            .fd()
+            .map_err(|e| TrackerError::Load(one_line(&e)))?;
+        recursion_misses(fd.as_fd())
     }
 
     /// The entry of the disk table that `disk` has or may take; `None` if its places are taken.
@@ -387,11 +527,19 @@ fn map_error(action: &'static str, slot: u32, error: &dyn std::error::Error) -> 
     }
 }
 
-fn recursion_misses(ebpf: &mut Ebpf, name: &str) -> Result<u64, TrackerError> {
-    let fd = program(ebpf, name)?
-        .fd()
-        .map_err(|e| TrackerError::Load(one_line(&e)))?;
-    let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
+fn map_data(map: &Map) -> Option<&MapData> {
+    match map {
+        Map::Array(data)
+        | Map::ArrayOfMaps(data)
+        | Map::PerCpuArray(data)
+        | Map::HashMap(data)
+        | Map::RingBuf(data) => Some(data),
+        _ => None,
+    }
+}
+
+fn recursion_misses(program: BorrowedFd<'_>) -> Result<u64, TrackerError> {
+    let path = format!("/proc/self/fdinfo/{}", program.as_raw_fd());
     let text = std::fs::read_to_string(&path).map_err(|source| TrackerError::Io {
         action: format!("read {path}"),
         source,

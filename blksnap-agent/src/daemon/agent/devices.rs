@@ -8,10 +8,10 @@ use blksnap_common::track::OpKind;
 
 use super::super::errors::Tell as _;
 use super::{Agent, Purpose};
-use crate::cbt::{Base, ChangedReport, FullReason, MapError};
+use crate::cbt::{Base, CbtMap, ChangedReport, FullReason};
 use crate::control::api;
 use crate::control::error::{ApiError, Code};
-use crate::tracker::{Granularity, TrackedDevice};
+use crate::tracker::{Granularity, MarkError, TrackedDevice};
 use crate::units::{BlockSize, Sectors};
 
 impl Agent {
@@ -127,7 +127,7 @@ impl Agent {
             generation: request.generation,
             number: request.number,
         };
-        let map = device.with_map(|map| map.frozen());
+        let map = device.with_map(CbtMap::frozen);
         Ok(ChangedReport::since(map, &base))
     }
 
@@ -135,7 +135,7 @@ impl Agent {
         let action = "read the change map of";
         let device = self.tracked(&request.device, action)?;
         device.check_doubt();
-        let map = device.with_map(|map| map.frozen()).map_err(|full| {
+        let map = device.with_map(CbtMap::frozen).map_err(|full| {
             let (code, remedy) = match full.reason {
                 FullReason::NotTaken => (
                     Code::NoTake,
@@ -203,17 +203,17 @@ impl Agent {
             ranges.push((Sectors::new(start), Sectors::new(end - start)));
         }
         let shift = device.block_size().sector_shift();
-        let mut blocks = 0;
-        device
-            .with_map(|map| {
-                for (start, count) in &ranges {
-                    map.mark_both(*start, *count)?;
-                    let last = (start.count() + count.count() - 1) >> shift;
-                    blocks += last - (start.count() >> shift) + 1;
-                }
-                Ok::<_, MapError>(())
+        let blocks = ranges
+            .iter()
+            .map(|(start, count)| {
+                let last = (start.count() + count.count() - 1) >> shift;
+                last - (start.count() >> shift) + 1
             })
-            .map_err(|error| ApiError::of(Code::OutOfRange, &action, &error))?;
+            .sum();
+        device.mark_both(&ranges).map_err(|error| match error {
+            MarkError::Range(error) => ApiError::of(Code::OutOfRange, &action, &error),
+            MarkError::Save(error) => error.tell(&action),
+        })?;
         Ok(api::Marked { blocks })
     }
 }

@@ -6,7 +6,7 @@ use blksnap_common::track::OpKind;
 
 use super::super::doctor;
 use super::Agent;
-use crate::cbt::ResetReason;
+use crate::cbt::{CbtMap, ResetReason};
 use crate::control::api::SnapshotState;
 use crate::control::error::{ApiError, Code};
 use crate::telemetry::metrics::{self, DeviceSample, NbdSample, Sample, TakeSample};
@@ -43,7 +43,7 @@ impl Agent {
             .filter_map(|device| {
                 // A device that is detached at this moment has no counters any more.
                 let counters = device.counters().ok()?;
-                let info = device.with_map(|map| map.info());
+                let info = device.with_map(CbtMap::info);
                 Some(DeviceSample {
                     device: device.device().name.clone(),
                     capacity: info.device_capacity,

@@ -128,6 +128,10 @@ impl Tracked for Disk {
         Ok((taken, read_map))
     }
 
+    fn keep(&self) -> Result<(), TrackerError> {
+        Ok(())
+    }
+
     fn mark(&self, dirty: &DirtyBlocks) {
         let mut world = self.world.lock();
         world.steps(2);

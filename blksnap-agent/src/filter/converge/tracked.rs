@@ -48,6 +48,12 @@ pub trait Tracked: fmt::Debug + Send + Sync {
     /// The map can't be made anew where it has to be.
     fn take(&self) -> Result<(Taken, Option<Arc<ReadMap>>), TrackerError>;
 
+    /// Keeps what [`Tracked::take`] did, so that no agent gives its number again. Nothing is frozen then.
+    ///
+    /// # Errors
+    /// It can't be kept: the take must not be told.
+    fn keep(&self) -> Result<(), TrackerError>;
+
     /// Marks blocks in the open period of the change map.
     fn mark(&self, dirty: &DirtyBlocks);
 
@@ -186,8 +192,12 @@ impl Tracked for TrackedDevice {
         self.take()
     }
 
+    fn keep(&self) -> Result<(), TrackerError> {
+        self.save()
+    }
+
     fn mark(&self, dirty: &DirtyBlocks) {
-        self.with_map(|map| map.mark_bits(dirty.words()));
+        self.mark(dirty);
     }
 
     fn driver_writes(&self) -> Result<u64, DiskError> {

@@ -35,6 +35,9 @@ impl Converge<'_> {
         let Some(takes) = outcome? else {
             return Ok(Window::Again);
         };
+        for party in &self.parties {
+            party.device.keep()?;
+        }
         let converged = self.parties.iter().zip(takes);
         Ok(Window::Taken(
             converged

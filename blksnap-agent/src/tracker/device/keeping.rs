@@ -1,0 +1,206 @@
+//! Keeping: the device's document is written, and read by the next agent. [`super::super::keep`] has the argument.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use blksnap_common::blockrange::{BlockRange, blocks_of};
+use blksnap_common::track::Slot;
+
+use super::super::bitmap::Bitmap;
+use super::super::document::{self, Document, SavedSlot};
+use super::super::keep::{self, Keep};
+use super::super::watch::Watchers;
+use super::super::{Shared, TrackerError, pins};
+use super::{State, TrackedDevice};
+use crate::cbt::ResetReason;
+use crate::disk::BlockDevice;
+
+/// A slot that can't be gone on with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// The node of its device, where that is known.
+    pub path: Option<PathBuf>,
+    /// Why.
+    pub reason: ResetReason,
+}
+
+impl TrackedDevice {
+    /// Goes on with what an agent before left of `slot` on `disk`.
+    ///
+    /// # Errors
+    /// Why it can't be gone on with. Nothing is changed.
+    pub(in super::super) fn adopt(shared: &Arc<Shared>, disk: u32, slot: Slot) -> Result<Self, Lost> {
+        let lost = |path: Option<&Path>, reason| Lost {
+            path: path.map(Path::to_owned),
+            reason,
+        };
+        let Some(documents) = &shared.documents else {
+            return Err(lost(None, ResetReason::StateDamaged));
+        };
+        let (document, mut map) =
+            Document::read(&keep::document_of(documents, slot.id)).map_err(|reason| lost(None, reason))?;
+        let lost = |reason| lost(Some(&document.path), reason);
+        let same = document.boot == document::boot_id()
+            && document.instance == shared.object().instance()
+            && document.disk == disk
+            && document.slot == SavedSlot::from(&slot)
+            && map.block_size().sector_shift() == slot.block_shift
+            && map.capacity().count() == slot.end_sector - slot.first_sector;
+        let (Some(seen), Some(at_attach), true) = (
+            document::state_of(&document.seen),
+            document::state_of(&document.at_attach),
+            same,
+        ) else {
+            return Err(lost(ResetReason::StateDamaged));
+        };
+        let mut device = BlockDevice::open(&document.path).map_err(|error| {
+            tracing::warn!(%error, "a tracked device is gone");
+            lost(ResetReason::DeviceReplaced)
+        })?;
+        if device.id != document.device
+            || device.diskseq != document.diskseq
+            || device.disk_id.kernel_dev() != disk
+            || device.first_sector.count() != slot.first_sector
+        {
+            return Err(lost(ResetReason::DeviceReplaced));
+        }
+        // As attached: whoever looks for doubt compares it with what the kernel says.
+        device.capacity = map.capacity();
+        let block_size = map.block_size();
+        let blocks = block_size.blocks_in(device.capacity);
+        let (found, open, table, sets) = (|| {
+            let mut object = shared.object();
+            // What the device is made of may have changed.
+            object.guards.set(slot.id, device.id)?;
+            let open = Bitmap::open(object.open_bitmap(slot.id)?, slot.id, blocks)?;
+            let pins = object
+                .pins()
+                .ok_or_else(|| TrackerError::Load("no pins".to_owned()))?;
+            let (found, at) = Keep::find(pins, documents, slot.id, blocks, open.id()?)?;
+            let open = match at {
+                Some(path) => open.found_at(path),
+                None => open,
+            };
+            for (sector, sectors) in object.in_flight(disk)? {
+                if let Some(BlockRange { first, last }) = blocks_of(&slot, sector, sectors) {
+                    map.mark_blocks(first, last);
+                }
+            }
+            Ok::<_, TrackerError>((found, open, object.bitmap_table()?, object.misses_by_set()?))
+        })()
+        .map_err(|error| {
+            tracing::warn!(
+                %error,
+                device = %document.path.display(),
+                "what is known of a tracked device is lost"
+            );
+            lost(ResetReason::MapError)
+        })?;
+        for bitmap in &found.blocks {
+            map.mark_bits(&bitmap.bits());
+        }
+        // Some set of programs was there when the document was made, and is there now.
+        let continuous = document
+            .misses
+            .keys()
+            .any(|set| matches!(sets.get(set), Some(Some(_))));
+        let skipped = sets
+            .iter()
+            .any(|(set, misses)| misses.is_some_and(|n| n != document.misses.get(set).copied().unwrap_or(0)));
+        if !continuous {
+            map.corrupt(ResetReason::HookDead);
+        } else if skipped {
+            map.corrupt(ResetReason::RunMissed);
+        }
+        Ok(Self {
+            block_size,
+            slot,
+            shared: Arc::clone(shared),
+            state: Mutex::new(State {
+                map,
+                table,
+                period: open.period(),
+                bitmap: open,
+                seen,
+                misses: sets.into_iter().filter_map(|(set, n)| Some((set, n?))).collect(),
+                keep: Some(found.keep),
+                unsaved: true,
+                resets: document.resets,
+                watchers: Watchers::default(),
+            }),
+            detached: AtomicBool::new(false),
+            ledger: Mutex::new(0),
+            // Whatever was in the ring is read from the bitmap.
+            ring_full_seen: AtomicU64::new(u64::MAX),
+            at_attach,
+            saving: Mutex::new(()),
+            device,
+        })
+    }
+
+    /// Writes the document, if one is kept: what is marked by now survives the agent.
+    ///
+    /// # Errors
+    /// The file can't be written. Nothing marked is lost then, but a take that it was for must not be told to
+    /// anybody.
+    pub fn save(&self) -> Result<(), TrackerError> {
+        let _saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
+        if self.detached.load(Ordering::Acquire) {
+            return Err(TrackerError::NotAttached(self.device.id));
+        }
+        let State { map, keep, .. } = &mut *state;
+        let Some(keep) = keep else {
+            return Ok(());
+        };
+        keep.begin_save()?;
+        let covered = keep.take_covered();
+        let path = keep.document().to_owned();
+        let saved = map.save();
+        let sections: Vec<Vec<u8>> = saved.sections().into_iter().map(<[u8]>::to_vec).collect();
+        let header = saved.header;
+        let document = Document {
+            boot: document::boot_id(),
+            instance: self.shared.instance,
+            path: self.device.path.clone(),
+            device: self.device.id,
+            diskseq: self.device.diskseq,
+            disk: self.device.disk_id.kernel_dev(),
+            slot: SavedSlot::from(&self.slot),
+            seen: document::numbers(&state.seen),
+            at_attach: document::numbers(&self.at_attach),
+            misses: state.misses.clone(),
+            resets: state.resets.clone(),
+            map: header,
+        };
+        state.unsaved = false;
+        drop(state);
+        let sections: Vec<&[u8]> = sections.iter().map(Vec::as_slice).collect();
+        let written = document.write(&path, &sections);
+        let failed = match written {
+            Ok(()) => covered.iter().find_map(|pin| pins::remove_tree(pin).err()),
+            Err(error) => {
+                let mut state = self.state();
+                state.unsaved = true;
+                if let Some(keep) = &mut state.keep {
+                    keep.give_back(covered);
+                }
+                return Err(error.into());
+            }
+        };
+        match failed {
+            Some(error) => Err(error.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes the document if it lacks something.
+    pub(in super::super) fn save_if_needed(&self) {
+        if self.state().unsaved
+            && let Err(error) = self.save()
+        {
+            tracing::error!(device = %self.device.path.display(), %error, "what is known of the device would not survive this process");
+        }
+    }
+}
