@@ -64,6 +64,26 @@ pub const fn kind_table() -> [u8; 256] {
     }
 }
 
+/// The sectors, from a first one on, that an operation of kind `kind` (an [`OpKind`] as a number) changes; `None`
+/// if that is the whole device. `sector` and `sectors` are the bio's, `zone_sectors` the disk's zone size or 0.
+///
+/// Zone append, reset, finish, open and close name a zone by its first sector, with or without a length, and count
+/// as the whole zone: where an append lands is known only afterwards. "Reset all" names sector 0 without a length.
+/// On a disk that is not zoned, or whose zones have another size than the kernel allows, nothing better is known
+/// than the whole device.
+#[inline(always)]
+#[must_use]
+pub const fn changed_sectors(kind: u8, zone_sectors: u32, sector: u64, sectors: u64) -> Option<(u64, u64)> {
+    if kind != OpKind::Zone.code() {
+        return Some((sector, sectors));
+    }
+    let zone = zone_sectors as u64;
+    if zone == 0 || zone & (zone - 1) != 0 || (sector == 0 && sectors == 0) {
+        return None;
+    }
+    Some((sector & !(zone - 1), zone))
+}
+
 /// First and last block of a slot, both inclusive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockRange {
@@ -158,6 +178,42 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn zone_operations_change_their_whole_zone() {
+        let zone = |size, sector, sectors| changed_sectors(OpKind::Zone.code(), size, sector, sectors);
+        const ZONE: u32 = 524_288;
+        // An append of 8 sectors to the zone at three times the size, and a reset of it.
+        assert_eq!(zone(ZONE, 3 * 524_288, 8), Some((3 * 524_288, 524_288)));
+        assert_eq!(zone(ZONE, 3 * 524_288, 0), Some((3 * 524_288, 524_288)));
+        // Emulated appends name the write pointer: the zone is the same.
+        assert_eq!(zone(ZONE, 3 * 524_288 + 1000, 8), Some((3 * 524_288, 524_288)));
+        // An append to the first zone, which "reset all" is told from by its length.
+        assert_eq!(zone(ZONE, 0, 8), Some((0, 524_288)));
+        assert_eq!(zone(ZONE, 0, 0), None);
+        // Nothing is known of the zones.
+        assert_eq!(zone(0, 2048, 8), None);
+        assert_eq!(zone(3, 2048, 8), None);
+        // Others change what they name, on zoned disks too.
+        for kind in OpKind::ALL.into_iter().filter(|kind| *kind != OpKind::Zone) {
+            assert_eq!(changed_sectors(kind.code(), ZONE, 7, 9), Some((7, 9)));
+        }
+    }
+
+    #[test]
+    fn blocks_of_a_zone_are_those_of_its_slots() {
+        // A zone of 256 sectors, and a slot that begins in its middle.
+        let slot = Slot {
+            first_sector: 2048 + 128,
+            end_sector: 1 << 20,
+            ..SLOT
+        };
+        let (sector, sectors) = changed_sectors(OpKind::Zone.code(), 256, 2048 + 200, 8).unwrap();
+        assert_eq!(
+            blocks_of(&slot, sector, sectors),
+            Some(BlockRange { first: 0, last: 15 })
+        );
     }
 
     #[test]

@@ -8,10 +8,12 @@ use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
 use aya_ebpf::helpers::bpf_loop;
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::error;
-use blksnap_common::blockrange::{BlockRange, NO_KIND, REQ_OP_MASK, blocks_of, kind_table, word_mask};
+use blksnap_common::blockrange::{
+    BlockRange, NO_KIND, REQ_OP_MASK, blocks_of, changed_sectors, kind_table, word_mask,
+};
 use blksnap_common::track::{
-    BITMAP_HEADER_WORDS, DISK_LEDGER, DiskSlots, KIND_ENTRIES, KindCounters, OpKind, Record, SLOTS_PER_DISK,
-    Slot, SlotState,
+    BITMAP_HEADER_WORDS, DISK_LEDGER, DiskSlots, KIND_ENTRIES, KindCounters, Record, SLOTS_PER_DISK, Slot,
+    SlotState,
 };
 
 use crate::layout::Bio;
@@ -46,12 +48,11 @@ pub(crate) fn submitted(ctx: &BtfTracePointContext, bio: &Bio, remapped: bool) {
         read(slots);
         return;
     }
-    let (sector, sectors) = match extent(slots, bio, kind) {
-        Some(extent) => extent,
-        None => {
-            whole_device(slots);
-            return;
-        }
+    let sectors = u64::from(bio.size() >> 9);
+    let changed = changed_sectors(kind, slots.zone_sectors, bio.sector(), sectors);
+    let Some((sector, sectors)) = changed else {
+        whole_device(slots);
+        return;
     };
     if sectors == 0 {
         ledger::enter_empty(slots, bio, disk);
@@ -66,22 +67,6 @@ pub(crate) fn submitted(ctx: &BtfTracePointContext, bio: &Bio, remapped: bool) {
     if slots.flags & DISK_LEDGER != 0 {
         ledger::enter(bio, disk, sector, sectors, remapped);
     }
-}
-
-/// The sectors that the bio changes; `None` if that is the whole device.
-#[inline(always)]
-fn extent(slots: &DiskSlots, bio: &Bio, kind: u8) -> Option<(u64, u64)> {
-    let sector = bio.sector();
-    let sectors = u64::from(bio.size() >> 9);
-    if kind != OpKind::Zone.code() {
-        return Some((sector, sectors));
-    }
-    // Append, reset and finish name the zone by its first sector; "reset all" names sector 0.
-    let zone = u64::from(slots.zone_sectors);
-    if zone == 0 || (sector == 0 && sectors == 0) {
-        return None;
-    }
-    Some((sector & !(zone - 1), zone))
 }
 
 /// Kind of a write that is marked for the second time: neither counted nor recorded.

@@ -30,6 +30,7 @@ pub struct LoopOptions {
 pub struct LoopDevice {
     node: PathBuf,
     mounts: Vec<PathBuf>,
+    image: PathBuf,
     directory: TempDir,
 }
 
@@ -52,6 +53,19 @@ impl LoopDevice {
         std::fs::File::create(&image)
             .and_then(|file| file.set_len(bytes))
             .with_context(|| format!("make {}", image.display()))?;
+        Self::over(directory, image, options)
+    }
+
+    /// A device on `backing`, a file or another block device.
+    ///
+    /// # Errors
+    /// The device or its partitions can't be made.
+    pub fn on(backing: &Path, options: &LoopOptions) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("blksnap-loop-").tempdir()?;
+        Self::over(directory, backing.to_owned(), options)
+    }
+
+    fn over(directory: TempDir, image: PathBuf, options: &LoopOptions) -> Result<Self> {
         let mut arguments = vec!["--find".to_owned(), "--show".to_owned()];
         if options.sector_size != 0 {
             arguments.push(format!("--sector-size={}", options.sector_size));
@@ -67,6 +81,7 @@ impl LoopDevice {
         let device = Self {
             node,
             mounts: Vec::new(),
+            image,
             directory,
         };
         if !options.partitions.is_empty() {
@@ -111,7 +126,7 @@ impl LoopDevice {
     /// The file that the device is made of.
     #[must_use]
     pub fn image(&self) -> PathBuf {
-        self.directory.path().join("disk.img")
+        self.image.clone()
     }
 
     /// Detaches the device and attaches a new file of the same size under the same name.

@@ -1,0 +1,209 @@
+//! Subject: tracked devices, and the comparison of what changed on them with what their maps report.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use blksnap_agent::disk::BlockDevice;
+use blksnap_agent::sys::AlignedBuffer;
+use blksnap_agent::tracker::{DirtyBlocks, Granularity, TrackedDevice, Tracker, TrackerConfig};
+use blksnap_agent::units::{BlockSize, DeviceId};
+use blksnap_common::track::OP_KINDS;
+
+/// The unit of the comparison.
+const SECTOR: usize = 512;
+/// What is read at a time.
+const CHUNK: usize = 1 << 20;
+
+/// A tracked node and its content.
+struct Slot {
+    device: Arc<TrackedDevice>,
+    before: Vec<u8>,
+}
+
+/// Tracked nodes of one or more disks.
+pub(crate) struct Subject {
+    slots: Vec<Slot>,
+    /// The programs live as long as this.
+    _tracker: Arc<Tracker>,
+}
+
+/// What became of a node since [`Subject::begin`].
+#[derive(Debug)]
+pub(crate) struct Seen {
+    /// The node.
+    pub(crate) node: PathBuf,
+    disk: DeviceId,
+    /// Bytes that differ, as sectors: offset of each.
+    pub(crate) changed: Vec<u64>,
+    /// What the map reports, as (offset, length).
+    pub(crate) reported: Vec<(u64, u64)>,
+    /// Operations by kind.
+    pub(crate) operations: [u64; OP_KINDS],
+    block: u64,
+    first: u64,
+    capacity: u64,
+}
+
+impl Subject {
+    /// Tracks `nodes`, each in blocks of its size.
+    pub(crate) fn new<'p>(nodes: impl IntoIterator<Item = (&'p Path, u64)>) -> Result<Self> {
+        let tracker = Tracker::load(&TrackerConfig::default())?;
+        let slots = nodes
+            .into_iter()
+            .map(|(node, block)| {
+                let granularity = Granularity::Fixed(BlockSize::from_bytes(block)?);
+                Ok(Slot {
+                    device: tracker.attach(BlockDevice::open(node)?, granularity)?,
+                    before: Vec::new(),
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            slots,
+            _tracker: tracker,
+        })
+    }
+
+    /// Lets `change` change the nodes, which it must not leave dirty in any cache, and compares.
+    pub(crate) fn observe<T>(&mut self, change: impl FnOnce() -> Result<T>) -> Result<(T, Vec<Seen>)> {
+        let mut operations = Vec::new();
+        for slot in &mut self.slots {
+            slot.before = content(slot.device.path())?;
+            slot.device.close_period()?;
+            operations.push(slot.device.counters()?.ops);
+        }
+        let outcome = change()?;
+        let mut seen = Vec::new();
+        for (slot, before) in self.slots.iter().zip(operations) {
+            let dirty = slot.device.close_period()?;
+            let name = slot.device.path().display();
+            ensure!(slot.device.check_doubt().is_none(), "{name} is in doubt");
+            seen.push(slot.seen(&dirty, before)?);
+        }
+        for seen in &seen {
+            seen.check_nothing_is_missing()?;
+        }
+        Ok((outcome, seen))
+    }
+}
+
+impl Slot {
+    fn seen(&self, dirty: &DirtyBlocks, before: [u64; OP_KINDS]) -> Result<Seen> {
+        let device = self.device.device();
+        let now = content(self.device.path())?;
+        ensure!(
+            now.len() == self.before.len(),
+            "{} was resized",
+            device.path.display()
+        );
+        let changed = differences(&now, &self.before);
+        let counters = self.device.counters()?.ops;
+        Ok(Seen {
+            node: device.path.clone(),
+            disk: device.disk_id,
+            changed,
+            reported: dirty
+                .extents(self.device.block_size(), device.capacity)
+                .map(|extent| (extent.offset, extent.length))
+                .collect(),
+            operations: std::array::from_fn(|kind| counters[kind] - before[kind]),
+            block: self.device.block_size().bytes(),
+            first: device.first_sector.bytes(),
+            capacity: device.capacity.bytes(),
+        })
+    }
+}
+
+impl Seen {
+    /// Every byte that changed is reported.
+    fn check_nothing_is_missing(&self) -> Result<()> {
+        let mut reported = self.reported.iter().peekable();
+        for sector in &self.changed {
+            while reported
+                .next_if(|(offset, length)| offset + length <= *sector)
+                .is_some()
+            {}
+            ensure!(
+                reported.peek().is_some_and(|(offset, _)| offset <= sector),
+                "byte {sector} of {} changed, and only {:?} is reported",
+                self.node.display(),
+                self.reported
+            );
+        }
+        Ok(())
+    }
+
+    /// The blocks of `length` bytes from `offset` on of `node` are reported, as far as they are of this one; with
+    /// `exact`, no others are.
+    pub(crate) fn check(&self, exact: bool, node: &BlockDevice, offset: u64, length: u64) -> Result<()> {
+        ensure!(
+            node.disk_id == self.disk,
+            "nodes of different disks have nothing in common"
+        );
+        // In bytes of the disk, then of this node.
+        let start = node.first_sector.bytes() + offset;
+        let end = (start + length).min(self.first + self.capacity);
+        let start = start.max(self.first);
+        let wanted = (start < end).then(|| {
+            let from = (start - self.first) / self.block * self.block;
+            let to = (end - self.first).next_multiple_of(self.block).min(self.capacity);
+            (from, to - from)
+        });
+        let right = if exact {
+            self.reported.iter().eq(&wanted)
+        } else {
+            wanted.is_none_or(|(from, length)| {
+                self.reported
+                    .iter()
+                    .any(|(offset, reported)| *offset <= from && from + length <= offset + reported)
+            })
+        };
+        ensure!(
+            right,
+            "{} reports {:?}, and {wanted:?} was written",
+            self.node.display(),
+            self.reported
+        );
+        Ok(())
+    }
+}
+
+/// Offsets of the sectors in which the two differ.
+fn differences(now: &[u8], before: &[u8]) -> Vec<u64> {
+    let chunks = now
+        .chunks(CHUNK)
+        .zip(before.chunks(CHUNK))
+        .zip((0..).step_by(CHUNK));
+    // Whole chunks are compared much quicker than their sectors.
+    chunks
+        .filter(|((now, before), _)| now != before)
+        .flat_map(|((now, before), start)| {
+            now.chunks(SECTOR)
+                .zip(before.chunks(SECTOR))
+                .zip((start..).step_by(SECTOR))
+                .filter(|((now, before), _)| now != before)
+                .map(|(_, offset)| offset)
+        })
+        .collect()
+}
+
+/// All bytes of a node, past the page cache.
+pub(crate) fn content(node: &Path) -> Result<Vec<u8>> {
+    let file: File = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(node)
+        .with_context(|| format!("open {}", node.display()))?;
+    let length = usize::try_from(BlockDevice::open(node)?.capacity.bytes())?;
+    let mut bytes = Vec::with_capacity(length);
+    let mut chunk = AlignedBuffer::zeroed(CHUNK);
+    while bytes.len() < length {
+        let part = &mut chunk.as_mut_slice()[..CHUNK.min(length - bytes.len())];
+        file.read_exact_at(part, bytes.len() as u64)?;
+        bytes.extend_from_slice(part);
+    }
+    Ok(bytes)
+}
