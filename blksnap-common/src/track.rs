@@ -33,10 +33,6 @@ pub const LEDGER_ENTRIES: u32 = 65_536;
 /// Default size of the event ring in bytes (a power of two, a multiple of the page size).
 pub const RING_BYTES: u32 = 256 * 1024;
 
-/// Word 0 of a bitmap holds the number of its period; the bit of block `b` is bit `b % 64` of word
-/// `BITMAP_HEADER_WORDS + b / 64`.
-pub const BITMAP_HEADER_WORDS: u32 = 1;
-
 /// Slot flag: writes are entered in the ledger and marked again when they complete.
 pub const SLOT_LEDGER: u32 = 1;
 
@@ -47,7 +43,7 @@ pub const DISK_REQUESTS: u32 = 1;
 /// Disk flag: a slot of the disk has [`SLOT_LEDGER`].
 pub const DISK_LEDGER: u32 = 2;
 
-/// One tracked range of a disk.
+/// One tracked range of a disk. In its bitmap the bit of block `b` is bit `b % 64` of word `b / 64`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Slot {
@@ -217,6 +213,9 @@ pub struct SlotState {
     pub unknown_completions: u64,
     /// Commands past the block layer's writes ([`crate::passthrough`]) that may have changed the device.
     pub passthrough: u64,
+    /// Number of the open period, which records carry. Written by the agent when no program uses the bitmap before
+    /// any more, so that a block of a closed period never comes with the number of a later one.
+    pub period: u64,
 }
 
 /// Entries of the `GUARDS` map.
@@ -274,7 +273,7 @@ const _: () = {
     assert!(size_of::<DiskSlots>() == 24 + 32 * SLOTS_PER_DISK);
     assert!(size_of::<Record>() == RECORD_BYTES as usize);
     assert!(size_of::<SlotCounters>() == 8 * (2 * KIND_ENTRIES + 2));
-    assert!(size_of::<SlotState>() == 48);
+    assert!(size_of::<SlotState>() == 56);
     assert!(size_of::<Guard>() == 16);
     assert!(size_of::<LedgerEntry>() == 40);
     assert!(OP_KINDS <= KIND_ENTRIES && KIND_ENTRIES.is_power_of_two());

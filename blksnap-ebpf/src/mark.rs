@@ -12,8 +12,7 @@ use blksnap_common::blockrange::{
     BlockRange, NO_KIND, REQ_OP_MASK, blocks_of, changed_sectors, kind_table, word_mask,
 };
 use blksnap_common::track::{
-    BITMAP_HEADER_WORDS, DISK_LEDGER, DiskSlots, KIND_ENTRIES, KindCounters, Record, SLOTS_PER_DISK, Slot,
-    SlotState,
+    DISK_LEDGER, DiskSlots, KIND_ENTRIES, KindCounters, Record, SLOTS_PER_DISK, Slot, SlotState,
 };
 
 use crate::layout::Bio;
@@ -83,7 +82,7 @@ fn mark_word(slot: &Slot, sector: u64, sectors: u64, kind: u32) -> bool {
     if word != range.last >> 6 {
         return false;
     }
-    let Some(bits) = BITMAPS.get_value_ptr_mut(slot.id, &(word as u32 + BITMAP_HEADER_WORDS)) else {
+    let Some(bits) = BITMAPS.get_value_ptr_mut(slot.id, &(word as u32)) else {
         return false;
     };
     let mask = (u64::MAX << (range.first & 63)) & (u64::MAX >> (63 - (range.last & 63)));
@@ -232,8 +231,7 @@ extern "C" fn set_rest(_index: u64, rest: *mut Rest) -> i64 {
 /// Sets the bits of `range` in one word; says whether one of them was clear.
 #[inline(always)]
 fn set_word(slot: u32, range: BlockRange, word: u64) -> Result<bool, Missing> {
-    let index = word as u32 + BITMAP_HEADER_WORDS;
-    let bits = BITMAPS.get_value_ptr_mut(slot, &index).ok_or(Missing)?;
+    let bits = BITMAPS.get_value_ptr_mut(slot, &(word as u32)).ok_or(Missing)?;
     let mask = word_mask(range, word);
     // SAFETY: `bits` points to a word of the map; other CPUs change it with atomic operations only.
     unsafe {
@@ -248,8 +246,9 @@ fn set_word(slot: u32, range: BlockRange, word: u64) -> Result<bool, Missing> {
 /// Puts a record on the ring, without waking the reader; `false` if there was no room.
 #[inline(always)]
 fn record(slot: &Slot, range: BlockRange, kind: u32) -> bool {
-    let period = match BITMAPS.get_value(slot.id, &0) {
-        Some(period) => *period,
+    let period = match STATE.get_ptr_mut(slot.id) {
+        // SAFETY: a plain read of a word that only the agent writes.
+        Some(state) => unsafe { core::ptr::read_volatile(&raw const (*state).period) },
         None => 0,
     };
     let record = Record {

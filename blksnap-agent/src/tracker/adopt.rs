@@ -73,7 +73,7 @@ pub(super) fn adopt(shared: &Arc<Shared>) -> Result<(Vec<Arc<TrackedDevice>>, Ve
 fn drop_slot(shared: &Shared, disk: u32, slot: u32) -> Result<(), TrackerError> {
     let mut object = shared.object();
     object.remove(disk, slot)?;
-    object.bitmap_table()?.set(slot, &Bitmap::new(slot, 1, 0)?)?;
+    object.bitmap_table()?.set(slot, &Bitmap::new(slot, 1)?)?;
     object.release(slot);
     Ok(())
 }

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use aya::maps::{ArrayOfMaps, Map, MapData, MapError};
-use blksnap_common::track::BITMAP_HEADER_WORDS;
 
 use crate::cbt::CbtMap;
 use crate::sys::mman::SharedWords;
@@ -31,20 +30,19 @@ pub(super) struct Bitmap {
 }
 
 impl Bitmap {
-    /// A clear bitmap of `blocks` bits for period number `period`.
-    pub(super) fn new(slot: u32, blocks: u64, period: u64) -> Result<Self, TrackerError> {
+    /// A clear bitmap of `blocks` bits.
+    pub(super) fn new(slot: u32, blocks: u64) -> Result<Self, TrackerError> {
         let error = |reason: String| TrackerError::Map {
             action: "make a bitmap for",
             slot,
             reason,
         };
-        let words = u32::try_from(blocks.div_ceil(64) + u64::from(BITMAP_HEADER_WORDS))
-            .map_err(|_| error(format!("{blocks} blocks are too many")))?;
+        let words =
+            u32::try_from(blocks.div_ceil(64)).map_err(|_| error(format!("{blocks} blocks are too many")))?;
         let description =
             aya_obj::Map::new_from_params(MAP_TYPE_ARRAY, 4, 8, words, F_MMAPABLE | F_INNER_MAP);
         let map = MapData::create(description, "blksnap_bitmap", None).map_err(|e| error(one_line(&e)))?;
         let shared = SharedWords::map(map.fd().as_fd(), words as usize).map_err(|e| error(e.to_string()))?;
-        shared.words()[0].store(period, Ordering::Release);
         Ok(Self {
             map,
             shared,
@@ -59,7 +57,7 @@ impl Bitmap {
             slot,
             reason,
         };
-        let words = blocks.div_ceil(64) + u64::from(BITMAP_HEADER_WORDS);
+        let words = blocks.div_ceil(64);
         let found = map.info().map_err(|e| error(one_line(&e)))?.max_entries();
         if u64::from(found) != words {
             return Err(error(format!("it has {found} words, not {words}")));
@@ -96,14 +94,11 @@ impl Bitmap {
         self.pin.as_deref()
     }
 
-    /// Number of its period.
-    pub(super) fn period(&self) -> u64 {
-        self.shared.words()[0].load(Ordering::Acquire)
-    }
-
     /// Sets the bits that are set in `words`.
     pub(super) fn add(&self, words: &[u64]) {
-        for (mine, theirs) in self.shared.words()[BITMAP_HEADER_WORDS as usize..]
+        for (mine, theirs) in self
+            .shared
+            .words()
             .iter()
             .zip(words)
             .filter(|(_, theirs)| **theirs != 0)
@@ -114,14 +109,16 @@ impl Bitmap {
 
     /// Whether no bit is set.
     pub(super) fn is_clear(&self) -> bool {
-        self.shared.words()[BITMAP_HEADER_WORDS as usize..]
+        self.shared
+            .words()
             .iter()
             .all(|word| word.load(Ordering::Acquire) == 0)
     }
 
     /// A copy of the bits.
     pub(super) fn bits(&self) -> Vec<u64> {
-        self.shared.words()[BITMAP_HEADER_WORDS as usize..]
+        self.shared
+            .words()
             .iter()
             .map(|word| word.load(Ordering::Acquire))
             .collect()

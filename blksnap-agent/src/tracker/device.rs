@@ -128,7 +128,7 @@ pub enum MarkError {
 fn open_bitmap(keep: Option<&Keep>, slot: u32, blocks: u64, period: u64) -> Result<Bitmap, TrackerError> {
     match keep {
         Some(keep) => keep.bitmap(period),
-        None => Bitmap::new(slot, blocks, period),
+        None => Bitmap::new(slot, blocks),
     }
 }
 
@@ -162,7 +162,10 @@ impl TrackedDevice {
                 (Some(pins), Some(documents)) => Some(Keep::create(pins, documents, id, blocks)?),
                 _ => None,
             };
-            let bitmap = open_bitmap(keep.as_ref(), id, blocks, 1)?;
+            // Records of the device that had the slot before may still be in the ring.
+            let period = shared.slot_state(id).period + 1;
+            let bitmap = open_bitmap(keep.as_ref(), id, blocks, period)?;
+            shared.set_period(id, period);
             let slot = Slot {
                 first_sector: device.first_sector.count(),
                 end_sector: device.first_sector.count() + device.capacity.count(),
@@ -201,7 +204,7 @@ impl TrackedDevice {
                 map,
                 table,
                 bitmap,
-                period: 1,
+                period: at_attach.period,
                 seen: at_attach,
                 misses: misses
                     .into_iter()
@@ -265,6 +268,7 @@ impl TrackedDevice {
         state.table.set(self.slot.id, &next)?;
         let closed = std::mem::replace(&mut state.bitmap, next);
         state.period += 1;
+        self.shared.set_period(self.slot.id, state.period);
         let mut dirty = DirtyBlocks::new(closed.bits());
         let seen = self.shared.slot_state(self.slot.id);
         if seen.whole_device != state.seen.whole_device {
@@ -572,7 +576,7 @@ impl TrackedDevice {
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut state = self.state();
         state.map.corrupt(ResetReason::Requested);
-        let placeholder = Bitmap::new(self.slot.id, 1, 0)?;
+        let placeholder = Bitmap::new(self.slot.id, 1)?;
         if let Some(keep) = &state.keep {
             keep.forget()?;
         }

@@ -118,6 +118,7 @@ pub(super) fn numbers(state: &SlotState) -> Vec<u64> {
         state.ledger_lost,
         state.unknown_completions,
         state.passthrough,
+        state.period,
     ]
 }
 
@@ -130,6 +131,7 @@ pub(super) fn state_of(numbers: &[u64]) -> Option<SlotState> {
         ledger_lost,
         unknown_completions,
         passthrough,
+        period,
     ] = *numbers
     else {
         return None;
@@ -141,5 +143,6 @@ pub(super) fn state_of(numbers: &[u64]) -> Option<SlotState> {
         ledger_lost,
         unknown_completions,
         passthrough,
+        period,
     })
 }

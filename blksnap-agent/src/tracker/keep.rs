@@ -41,6 +41,8 @@ pub(super) struct Keep {
 /// What an agent before left of a slot.
 pub(super) struct Found {
     pub(super) keep: Keep,
+    /// Number of the open bitmap's period, if it is pinned.
+    pub(super) period: Option<u64>,
     /// Bitmaps of pending blocks, and those pinned and not merged.
     pub(super) blocks: Vec<Bitmap>,
 }
@@ -59,7 +61,7 @@ impl Keep {
         pins::remove_tree(&directory)?;
         pins::make(&directory)?;
         Ok(Self {
-            pending: Bitmap::new(slot, blocks, 0)?.pinned(directory.join("p0"))?,
+            pending: Bitmap::new(slot, blocks)?.pinned(directory.join("p0"))?,
             number: 0,
             covered: Vec::new(),
             directory,
@@ -89,14 +91,14 @@ impl Keep {
                 open_pin = Some(path);
                 continue;
             }
-            if let Some(n) = pending_number(&path) {
+            if let Some(n) = number_of(&path, 'p') {
                 number = number.max(n + 1);
             }
             covered.push(path.clone());
             found.push(bitmap);
         }
         let keep = Self {
-            pending: Bitmap::new(slot, blocks, 0)?.pinned(directory.join(format!("p{number}")))?,
+            pending: Bitmap::new(slot, blocks)?.pinned(directory.join(format!("p{number}")))?,
             number,
             covered,
             directory,
@@ -104,7 +106,13 @@ impl Keep {
             slot,
             blocks,
         };
-        Ok((Found { keep, blocks: found }, open_pin))
+        let period = open_pin.as_deref().and_then(|path| number_of(path, 'b'));
+        let found = Found {
+            keep,
+            period,
+            blocks: found,
+        };
+        Ok((found, open_pin))
     }
 
     /// The document.
@@ -117,7 +125,7 @@ impl Keep {
         let path = self.directory.join(format!("b{period}"));
         // One that a close made in vain.
         pins::remove_tree(&path)?;
-        Ok(Bitmap::new(self.slot, self.blocks, period)?.pinned(path)?)
+        Ok(Bitmap::new(self.slot, self.blocks)?.pinned(path)?)
     }
 
     /// Keeps blocks that are marked outside the open bitmap.
@@ -130,7 +138,7 @@ impl Keep {
         let number = self.number + 1;
         let path = self.directory.join(format!("p{number}"));
         pins::remove_tree(&path)?;
-        let next = Bitmap::new(self.slot, self.blocks, 0)?.pinned(path)?;
+        let next = Bitmap::new(self.slot, self.blocks)?.pinned(path)?;
         let before = std::mem::replace(&mut self.pending, next);
         self.number = number;
         self.covered.extend(before.pin().map(Path::to_owned));
@@ -163,6 +171,6 @@ pub(super) fn document_of(documents: &Path, slot: u32) -> PathBuf {
     documents.join(format!("slot-{slot}"))
 }
 
-fn pending_number(path: &Path) -> Option<u64> {
-    path.file_name()?.to_str()?.strip_prefix('p')?.parse().ok()
+fn number_of(path: &Path, kind: char) -> Option<u64> {
+    path.file_name()?.to_str()?.strip_prefix(kind)?.parse().ok()
 }

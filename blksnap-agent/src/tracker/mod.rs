@@ -32,6 +32,7 @@ pub mod record;
 mod testing;
 mod watch;
 
+use std::mem::offset_of;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
@@ -103,6 +104,9 @@ pub enum Granularity {
     Fixed(BlockSize),
 }
 
+/// Words of a [`SlotState`].
+const STATE_WORDS: usize = size_of::<SlotState>() / size_of::<u64>();
+
 /// What devices and the drain thread share.
 struct Shared {
     object: Mutex<Object>,
@@ -128,8 +132,7 @@ impl Shared {
     }
 
     fn slot_state(&self, slot: u32) -> SlotState {
-        const WORDS: usize = size_of::<SlotState>() / size_of::<u64>();
-        let start = slot as usize * WORDS;
+        let start = slot as usize * STATE_WORDS;
         let word = |i: usize| self.state.words()[start + i].load(std::sync::atomic::Ordering::Acquire);
         SlotState {
             ring_full: word(0),
@@ -138,7 +141,14 @@ impl Shared {
             ledger_lost: word(3),
             unknown_completions: word(4),
             passthrough: word(5),
+            period: word(6),
         }
+    }
+
+    /// Says which period of the slot is open.
+    fn set_period(&self, slot: u32, period: u64) {
+        let at = slot as usize * STATE_WORDS + offset_of!(SlotState, period) / size_of::<u64>();
+        self.state.words()[at].store(period, std::sync::atomic::Ordering::Release);
     }
 }
 

@@ -97,6 +97,9 @@ impl TrackedDevice {
             );
             lost(ResetReason::MapError)
         })?;
+        // An agent that was killed as it opened a period may not have come to say so.
+        let period = shared.slot_state(slot.id).period.max(found.period.unwrap_or(0));
+        shared.set_period(slot.id, period);
         for bitmap in &found.blocks {
             map.mark_bits(&bitmap.bits());
         }
@@ -120,7 +123,7 @@ impl TrackedDevice {
             state: Mutex::new(State {
                 map,
                 table,
-                period: open.period(),
+                period,
                 bitmap: open,
                 seen,
                 misses: sets.into_iter().filter_map(|(set, n)| Some((set, n?))).collect(),
