@@ -10,6 +10,8 @@
 //! synced. After a crash at any point the name leads to the whole old or the whole new document, and once
 //! [`write()`] has returned, to the new one.
 
+#[cfg(test)]
+mod crash;
 pub mod frame;
 mod place;
 
