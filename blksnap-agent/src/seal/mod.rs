@@ -19,6 +19,8 @@
 pub mod counters;
 pub mod decide;
 pub mod fingerprint;
+#[cfg(test)]
+mod model;
 pub mod quiet;
 pub mod record;
 pub mod shutdown;
