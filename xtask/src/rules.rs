@@ -48,8 +48,14 @@ const UNSAFE: [&str; 3] = [
 /// Words that mark something as unfinished, in two halves so that this file does not have them.
 const MARKERS: [[&str; 2]; 4] = [["TO", "DO"], ["FIX", "ME"], ["XX", "X"], ["HA", "CK"]];
 
-/// Hosts that a file may name: the licence's own, and names that belong to nobody.
-const HOSTS: [&str; 4] = ["www.apache.org", "localhost", "127.0.0.1", "example.org"];
+/// Hosts that a file may name: the licence's own, the name of a format, and names that belong to nobody.
+const HOSTS: [&str; 5] = [
+    "www.apache.org",
+    "www.w3.org",
+    "localhost",
+    "127.0.0.1",
+    "example.org",
+];
 
 /// Checks every file that git knows, or would add.
 pub(crate) fn check(root: &Path) -> Result<()> {

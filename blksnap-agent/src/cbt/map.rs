@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
+use super::heat::Heat;
 use super::read_map::ReadMap;
 use super::reason::{FullNeeded, FullReason, ResetReason};
 use crate::units::{BlockSize, Generation, Sectors};
@@ -314,6 +315,17 @@ impl CbtMap {
             Some(reason) => Err(FullReason::Corrupted(reason).into()),
             None => Ok(Arc::new(self.freeze_as(self.active))),
         }
+    }
+
+    /// Where and how recently the device changed, in at most `most` buckets. A doubtful map says so in it.
+    #[must_use]
+    pub fn heat(&self, most: u64) -> Heat {
+        Heat::new(
+            &self.info(),
+            self.active,
+            std::iter::once(self.bytes.as_slice()),
+            most,
+        )
     }
 
     /// Closes the period: its number becomes the number of this take, the map is copied to the read map, and a new

@@ -24,6 +24,7 @@
 
 mod answer;
 mod extents;
+mod heat;
 mod map;
 mod params;
 mod read_map;
@@ -32,6 +33,7 @@ mod saved;
 
 pub use answer::{ChangedAnswer, ChangedReport, FullAnswer};
 pub use extents::ChangedExtents;
+pub use heat::{Age, Bucket, Heat, MAX_BUCKETS};
 pub use map::{CbtInfo, CbtMap, MapError, Taken};
 pub use params::{ParamsError, TrackingParams};
 pub use read_map::{Base, ReadMap};

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::heat::When;
 use super::nbd::Nbd;
 use super::size;
 use crate::cbt::TrackingParams;
@@ -56,6 +57,10 @@ pub enum Output {
     Text,
     /// JSON, sizes in bytes
     Json,
+    /// A picture, of `cbt heat` only
+    Svg,
+    /// A picture, of `cbt heat` only
+    Png,
 }
 
 /// The commands.
@@ -287,6 +292,28 @@ trusted, it is \"full needed\" with the reason.")]
         /// File for the bytes; `-` for standard output
         #[arg(long, short, value_name = "FILE")]
         file: Option<PathBuf>,
+    },
+    /// Draw where on the device blocks changed, and how long ago
+    #[command(after_help = "Examples:
+  blksnap-agent cbt heat /dev/sdb1
+  blksnap-agent cbt heat /dev/sdb1 sdb1.png
+  blksnap-agent cbt heat /dev/sdb1 --output svg > sdb1.svg
+  blksnap-agent cbt heat /dev/sdb1 --output json | jq '.buckets[] | select(.newest == 8)'
+
+The device is drawn row by row from its first block to its last one. Red is what changed since the last take,
+blue what did long ago; a cell is filled as far as its blocks changed.")]
+    Heat {
+        /// Tracked device
+        device: PathBuf,
+        /// File for the picture; its name tells the form (.svg, .png, .json) where --output does not
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+        /// How many cells at most [default: what the terminal has room for, 2048 in a file]
+        #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..=crate::cbt::MAX_BUCKETS))]
+        cells: Option<u64>,
+        /// When to use colours in text
+        #[arg(long, value_name = "WHEN", default_value = "auto")]
+        color: When,
     },
     /// Mark ranges as changed, so that the next backup takes them
     #[command(after_help = "Example:

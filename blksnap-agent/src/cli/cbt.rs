@@ -36,6 +36,12 @@ pub(super) async fn run(context: &Context, command: &Cbt) -> Result<()> {
             let answer: ChangedAnswer = context.client.get(&path).await?;
             context.print(&answer, extents)
         }
+        Cbt::Heat {
+            device,
+            file,
+            cells,
+            color,
+        } => super::heat::run(context, device, file.as_deref(), *cells, *color).await,
         Cbt::Map { device, file } => map(context, device, file.as_deref()).await,
         Cbt::Mark { device, ranges } => {
             let request = api::Mark {

@@ -12,6 +12,7 @@ mod daemon;
 mod device;
 mod doctor;
 mod generate;
+mod heat;
 mod nbd;
 mod progress;
 mod size;
@@ -94,6 +95,13 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 
 fn run(cli: Cli) -> Result<ExitCode> {
     let done = ExitCode::SUCCESS;
+    let is_picture = matches!(cli.output, Output::Svg | Output::Png);
+    if is_picture && !matches!(cli.command, Command::Cbt(args::Cbt::Heat { .. })) {
+        complain(&format!(
+            "--output: only `{PROGRAM} cbt heat` draws a picture: see `{PROGRAM} --help`"
+        ));
+        return Ok(ExitCode::from(2));
+    }
     match &cli.command {
         Command::Completions { shell } => generate::completions(*shell).map(|()| done),
         Command::Man { directory } => generate::man(directory.as_deref()).map(|()| done),
@@ -149,7 +157,7 @@ impl Context {
 fn print<T: Serialize>(output: Output, answer: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
     let mut text = match output {
         Output::Json => serde_json::to_string_pretty(answer)?,
-        Output::Text => text(answer),
+        Output::Text | Output::Svg | Output::Png => text(answer),
     };
     if !text.is_empty() && !text.ends_with('\n') {
         text.push('\n');

@@ -13,6 +13,7 @@
 //! | `GET /v1/cbt?device=` | | [`CbtInfo`] |
 //! | `GET /v1/cbt/extents?device=&generation=&number=` | | [`crate::cbt::ChangedAnswer`] |
 //! | `GET /v1/cbt/map?device=&offset=&length=` | | the map's bytes, one a block |
+//! | `GET /v1/cbt/heat?device=&buckets=` | | [`Heat`] |
 //! | `POST /v1/cbt/mark` | [`Mark`] | [`Marked`] |
 //! | `GET /v1/snapshots` | | [`Snapshots`] |
 //! | `POST /v1/snapshots` | [`CreateSnapshot`] | [`Snapshot`] |
@@ -180,6 +181,27 @@ pub struct MapQuery {
     /// How many blocks; to the end when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub length: Option<u64>,
+}
+
+/// Question for where and how recently a device changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeatQuery {
+    /// Absolute path of a block device.
+    pub device: String,
+    /// Most buckets of the answer, 1 to [`crate::cbt::MAX_BUCKETS`]; 1024 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub buckets: Option<u64>,
+}
+
+/// Where and how recently a device changed, with what was written until now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heat {
+    /// Canonical path of the device.
+    pub device: String,
+    /// The map in buckets.
+    #[serde(flatten)]
+    pub heat: crate::cbt::Heat,
 }
 
 /// Mark ranges as changed, in both maps.

@@ -64,6 +64,11 @@ pub trait Service: Send + Sync + 'static {
     /// # Errors
     /// Not attached, never taken, or out of range.
     fn cbt_map(&self, request: &api::MapQuery) -> Result<Bytes, ApiError>;
+    /// Where and how recently a device changed.
+    ///
+    /// # Errors
+    /// Not attached.
+    fn cbt_heat(&self, request: &api::HeatQuery) -> Result<api::Heat, ApiError>;
     /// Marks ranges as changed.
     ///
     /// # Errors
@@ -247,6 +252,13 @@ async fn cbt_map(
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes).into_response())
 }
 
+async fn cbt_heat(
+    State(context): State<Context>,
+    Asked(request): Asked<api::HeatQuery>,
+) -> Answer<api::Heat> {
+    answer(context, move |service| service.cbt_heat(&request)).await
+}
+
 async fn cbt_mark(State(context): State<Context>, Body(request): Body<api::Mark>) -> Answer<api::Marked> {
     answer(context, move |service| service.cbt_mark(&request)).await
 }
@@ -334,6 +346,7 @@ pub fn router(service: Arc<dyn Service>, stop: CancellationToken) -> Router {
         .route("/v1/cbt", get(cbt_info))
         .route("/v1/cbt/extents", get(cbt_extents))
         .route("/v1/cbt/map", get(cbt_map))
+        .route("/v1/cbt/heat", get(cbt_heat))
         .route("/v1/cbt/mark", post(cbt_mark))
         .route("/v1/snapshots", get(snapshots).post(snapshot_create))
         .route("/v1/snapshots/take", post(snapshot_create_and_take))

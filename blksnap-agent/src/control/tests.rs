@@ -55,6 +55,9 @@ impl Service for Script {
     fn cbt_map(&self, _: &api::MapQuery) -> Result<Bytes, ApiError> {
         Ok(Bytes::from_static(&[0, 1, 2, 255]))
     }
+    fn cbt_heat(&self, _: &api::HeatQuery) -> Result<api::Heat, ApiError> {
+        refuse("heat")
+    }
     fn cbt_mark(&self, request: &api::Mark) -> Result<api::Marked, ApiError> {
         Ok(api::Marked {
             blocks: request.ranges.len() as u64,

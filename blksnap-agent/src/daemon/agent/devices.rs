@@ -14,6 +14,9 @@ use crate::control::error::{ApiError, Code};
 use crate::tracker::{Granularity, MarkError, TrackedDevice};
 use crate::units::{BlockSize, Sectors};
 
+/// Buckets of a heat map when the request does not say.
+const DEFAULT_BUCKETS: u64 = 1024;
+
 impl Agent {
     pub(super) fn list_devices(&self) -> Result<api::Devices, ApiError> {
         let mut devices = self
@@ -177,6 +180,18 @@ impl Agent {
             return Ok(Bytes::from_owner(Shared(map)));
         }
         Ok(Bytes::copy_from_slice(&map.bytes()[start..end]))
+    }
+
+    pub(super) fn heat(&self, request: &api::HeatQuery) -> Result<api::Heat, ApiError> {
+        let device = self.tracked(&request.device, "draw the heat of")?;
+        device.refresh();
+        device.check_doubt();
+        let most = request.buckets.unwrap_or(DEFAULT_BUCKETS);
+        let heat = device.with_map(|map| map.heat(most));
+        Ok(api::Heat {
+            device: device.device().path.display().to_string(),
+            heat,
+        })
     }
 
     pub(super) fn mark(&self, request: &api::Mark) -> Result<api::Marked, ApiError> {

@@ -208,6 +208,10 @@ impl Service for Agent {
         self.read_map(request)
     }
 
+    fn cbt_heat(&self, request: &api::HeatQuery) -> Result<api::Heat, ApiError> {
+        self.heat(request)
+    }
+
     fn cbt_mark(&self, request: &api::Mark) -> Result<api::Marked, ApiError> {
         self.mark(request)
     }
