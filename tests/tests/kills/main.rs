@@ -30,6 +30,9 @@ const MIB: u64 = 1 << 20;
 /// Kills in a run.
 const KILLS: u32 = 300;
 
+/// Percent of the kills that the generation has to survive.
+const SURVIVE: u32 = 95;
+
 /// Rounds between two comparisons of a backup with the device.
 const COMPARE: u32 = 15;
 
@@ -123,7 +126,7 @@ impl Scene {
     }
 
     fn backup(&self) -> PathBuf {
-        self.daemon.scratch().join("raw.img")
+        self.daemon.scratch().join("killed.img")
     }
 
     /// Attaches what is not tracked.
@@ -246,7 +249,8 @@ impl Scene {
     /// Renews the backup and compares it with the device.
     fn compare_backup(&mut self) -> Result<()> {
         let _paused = self.load.pause();
-        let backup = self.backup();
+        // One of its own: a killed backup leaves a file that only a full one can mend.
+        let backup = self.daemon.scratch().join("compared.img");
         let result = self.daemon.json([
             "backup".as_ref(),
             "--incremental".as_ref(),

@@ -5,7 +5,7 @@
 
 use super::super::size::human;
 use super::palette::{self, Rgb};
-use super::{Picture, headline, unit_line};
+use super::{Picture, headline, place, unit_line};
 use crate::cbt::Bucket;
 
 /// Cells in a row.
@@ -72,14 +72,18 @@ pub(super) fn draw(picture: &Picture) -> Drawing {
     let heat = &picture.heat;
     let mut shapes = Vec::new();
     let mut y = MARGIN + LINE / 2;
-    for (text, bold, colour) in [(headline(picture), true, INK), (unit_line(picture), false, QUIET)] {
+    let how = format!(
+        "{}, filled as far as it changed, in the colour of when",
+        unit_line(picture)
+    );
+    for (text, bold, colour) in [(headline(picture), true, INK), (how, false, QUIET)] {
         shapes.push(words(MARGIN, y, Anchor::Start, bold, colour, text));
         y += LINE;
     }
     y += LINE / 4;
     let (width, height, gap) = CELL;
     for row in heat.buckets.chunks(COLUMNS) {
-        let label = human(row[0].offset);
+        let label = place(row[0].offset);
         shapes.push(words(
             MARGIN + LABELS - 14,
             y + height / 2,
@@ -146,7 +150,7 @@ fn words(x: u32, y: u32, anchor: Anchor, bold: bool, colour: Rgb, text: String) 
 /// What a cell says when pointed at.
 fn title(picture: &Picture, bucket: &Bucket) -> String {
     let heat = &picture.heat;
-    let place = format!("{} at {}", human(bucket.length), human(bucket.offset));
+    let at = format!("{} at {}", human(bucket.length), place(bucket.offset));
     let ages = heat.ages.iter().zip(&bucket.changed);
     let changed: Vec<String> = ages
         .filter(|(_, blocks)| **blocks > 0)
@@ -159,9 +163,9 @@ fn title(picture: &Picture, bucket: &Bucket) -> String {
         })
         .collect();
     if changed.is_empty() {
-        format!("{place}\nunchanged")
+        format!("{at}\nunchanged")
     } else {
-        format!("{place}\n{}", changed.join("\n"))
+        format!("{at}\n{}", changed.join("\n"))
     }
 }
 

@@ -151,16 +151,25 @@ fn headline(picture: &Picture) -> String {
     )
 }
 
-/// The second line: what a cell is.
+/// What a cell is.
 fn unit_line(picture: &Picture) -> String {
     let heat = &picture.heat;
     let blocks = match heat.bucket_size / heat.block_size {
         1 => "one block".to_owned(),
         blocks => format!("{blocks} blocks of {}", human(heat.block_size)),
     };
-    format!(
-        "a cell is {}, {blocks}; its colour tells when something in it last changed",
-        human(heat.bucket_size)
+    format!("each cell is {}: {blocks}", human(heat.bucket_size))
+}
+
+/// An offset, exact where that takes at most three digits after the point, as of a row of cells.
+fn place(offset: u64) -> String {
+    const UNITS: [(u32, &str); 5] = [(50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let exact = UNITS
+        .into_iter()
+        .find(|(shift, _)| offset >> shift > 0 && offset.is_multiple_of(1 << (shift - 3)));
+    exact.map_or_else(
+        || human(offset),
+        |(shift, unit)| format!("{} {unit}", offset as f64 / (1_u64 << shift) as f64),
     )
 }
 
@@ -203,6 +212,14 @@ mod tests {
         assert_eq!(of(Output::Text, "png"), Form::Text);
         assert_eq!(of(Output::Svg, "a.png"), Form::Svg);
         assert_eq!(of(Output::Json, "a.png"), Form::Json);
+    }
+
+    #[test]
+    fn rows_begin_at_exact_offsets() {
+        let said = [0, 512, 4096, 5 << 18, (1 << 30) + (1 << 27), 3 << 43].map(place);
+        assert_eq!(said, ["0 B", "512 B", "4 KiB", "1.25 MiB", "1.125 GiB", "24 TiB"]);
+        // Finer than that it is told in the smaller unit.
+        assert_eq!(place((1 << 30) + (1 << 20)), "1025 MiB");
     }
 
     #[test]

@@ -46,8 +46,7 @@ pub(super) fn words(heat: &Heat, age: &Age) -> String {
         (0, newest) if newest == heat.active_number => "now: no take yet".to_owned(),
         (before, newest) if newest == heat.active_number => format!("now: since {}", take(before)),
         (0, newest) => format!("before {}", take(newest)),
-        (before, newest) if before + 1 == newest => format!("between takes {before} and {newest}"),
-        (before, newest) => format!("from {} to {}", take(before), take(newest)),
+        (before, newest) => format!("between takes {before} and {newest}"),
     }
 }
 
@@ -111,7 +110,7 @@ mod tests {
                 "now: since take 6",
                 "between takes 5 and 6",
                 "between takes 4 and 5",
-                "from take 2 to take 4",
+                "between takes 2 and 4",
                 "before take 2",
             ]
         );

@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use super::super::size::human;
 use super::super::table::{Align, Table};
 use super::palette::{self, Shade, UNCHANGED};
-use super::{Picture, headline, unit_line};
+use super::{Picture, headline, place, unit_line};
 use crate::cbt::Bucket;
 
 /// What a terminal can show.
@@ -31,11 +31,15 @@ const EIGHTHS: [char; 8] = [
 /// The whole text, in rows of `columns` cells.
 pub(super) fn text(picture: &Picture, columns: usize, colours: Colours) -> String {
     let heat = &picture.heat;
-    let mut text = format!("{}\n{}\n\n", headline(picture), unit_line(picture));
+    let how = match colours {
+        Colours::Plain => "a character tells when something in it last changed",
+        _ => "filled as far as it last changed at that time",
+    };
+    let mut text = format!("{}\n{}, {how}\n\n", headline(picture), unit_line(picture));
     let offsets: Vec<String> = heat
         .buckets
         .chunks(columns.max(1))
-        .map(|row| human(row[0].offset))
+        .map(|row| place(row[0].offset))
         .collect();
     let width = offsets.iter().map(String::len).max().unwrap_or_default();
     for (row, offset) in heat.buckets.chunks(columns.max(1)).zip(&offsets) {
@@ -159,7 +163,7 @@ mod tests {
         assert_eq!(
             text,
             "/dev/sdb1: 256 KiB, generation 00000000-0000-0000-0000-000000000001, last take 2\n\
-             a cell is 4 KiB, one block; its colour tells when something in it last changed\n\
+             each cell is 4 KiB: one block, a character tells when something in it last changed\n\
              \n\
              \u{20}   0 B |@#*@                            |\n\
              128 KiB |                                |\n\
