@@ -14,7 +14,13 @@ fn folder() -> &'static Path {
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let mut names: Vec<String> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .map(|entry| {
+            entry
+                .expect("a folder of ours")
+                .file_name()
+                .into_string()
+                .expect("a name in UTF-8")
+        })
         .collect();
     names.sort();
     names
