@@ -18,6 +18,7 @@ use super::agent::Agent;
 use crate::cbt::TrackingParams;
 use crate::control::directory::{DirectoryError, RuntimeDirectory};
 use crate::control::{LOCK_FILE, Service, server};
+use crate::nbd::endpoint::EndpointError;
 use crate::nbd::registry::Exports;
 use crate::nbd::server::{Server, ServerLimits};
 use crate::nbd::socket::{self as nbd_socket, SocketName};
@@ -95,6 +96,9 @@ pub enum DaemonError {
     /// A socket can't be made.
     #[error(transparent)]
     Socket(#[from] nbd_socket::SocketError),
+    /// A socket for NBD can't be made.
+    #[error(transparent)]
+    Nbd(#[from] EndpointError),
     /// The runtime, its signals or the server failed.
     #[error("run the daemon: {0}")]
     Io(#[from] io::Error),

@@ -14,11 +14,17 @@ pub struct Counters {
     pub(super) connections_open: AtomicU64,
     pub(super) connections_refused: AtomicU64,
     pub(super) handshakes_failed: AtomicU64,
+    pub(super) handshake_timeouts: AtomicU64,
+    pub(super) tls_failed: AtomicU64,
+    pub(super) write_timeouts: AtomicU64,
+    pub(super) request_timeouts: AtomicU64,
+    pub(super) idle_timeouts: AtomicU64,
     pub(super) sessions_dropped: AtomicU64,
     pub(super) bytes_read: AtomicU64,
     pub(super) bytes_written: AtomicU64,
     pub(super) bytes_sent: AtomicU64,
     pub(super) in_flight: AtomicU64,
+    pub(super) memory: AtomicU64,
     requests: [AtomicU64; COMMANDS],
     requests_unknown: AtomicU64,
     errors: [AtomicU64; ERRORS],
@@ -35,6 +41,16 @@ pub struct CountersSnapshot {
     pub connections_refused: u64,
     /// Handshakes that ended by an error or a time-out.
     pub handshakes_failed: u64,
+    /// Handshakes that took too long.
+    pub handshake_timeouts: u64,
+    /// Clients that TLS could not be started with: no certificate, a wrong one, no TLS.
+    pub tls_failed: u64,
+    /// Clients dropped because they took nothing of their answers.
+    pub write_timeouts: u64,
+    /// Clients dropped because they stopped in the middle of a request.
+    pub request_timeouts: u64,
+    /// Clients dropped because they asked nothing.
+    pub idle_timeouts: u64,
     /// Transmissions that ended by an error of the client, a write time-out or the end of the grace time.
     pub sessions_dropped: u64,
     /// Bytes of exports sent in answers to reads.
@@ -43,8 +59,10 @@ pub struct CountersSnapshot {
     pub bytes_written: u64,
     /// Bytes written to sockets in transmission, headers included.
     pub bytes_sent: u64,
-    /// Gauge: requests received and not yet answered.
+    /// Gauge: requests of the workers, received and not yet answered.
     pub in_flight: u64,
+    /// Gauge: bytes of requests and answers in memory.
+    pub memory: u64,
     /// Requests by command, refused ones included; [`CommandType::name`] gives the label.
     pub requests: Vec<(CommandType, u64)>,
     /// Requests with an unknown command.
@@ -84,11 +102,17 @@ impl Counters {
             connections_open: get(&self.connections_open),
             connections_refused: get(&self.connections_refused),
             handshakes_failed: get(&self.handshakes_failed),
+            handshake_timeouts: get(&self.handshake_timeouts),
+            tls_failed: get(&self.tls_failed),
+            write_timeouts: get(&self.write_timeouts),
+            request_timeouts: get(&self.request_timeouts),
+            idle_timeouts: get(&self.idle_timeouts),
             sessions_dropped: get(&self.sessions_dropped),
             bytes_read: get(&self.bytes_read),
             bytes_written: get(&self.bytes_written),
             bytes_sent: get(&self.bytes_sent),
             in_flight: get(&self.in_flight),
+            memory: get(&self.memory),
             requests: CommandType::ALL
                 .iter()
                 .copied()

@@ -6,25 +6,38 @@
 //! | [`export`] | what can be served; [`mod@file`] is a raw image file or a block device |
 //! | [`changes`] | what changed, as metadata contexts |
 //! | [`registry`] | the exports offered now; they come and go |
-//! | [`server`] | accepts clients on a unix socket, ends in good order; [`socket`] makes the socket |
-//! | `connection` | one client |
+//! | [`server`] | accepts clients, ends in good order; [`limits`] is what bounds it |
+//! | [`endpoint`] | the sockets that it listens on: [`socket`] is ours, [`tls`] the certificates |
+//! | `connection` | one client: the handshake, a task |
+//! | `transmit` | one client: its requests, a thread; beside it `workers`, `buffers`, `readahead`, `wake`, `end` |
+//! | [`client`] | the other side of the handshake |
+//! | [`kernel`] | exports as block devices of this machine |
 //! | [`counters`] | what the server did, for metrics |
 //!
 //! A caller makes a [`registry::Exports`], starts a [`server::Server`] on it, adds and removes exports at will, and
 //! stops the server at the end.
 
 pub mod address;
+mod buffers;
 pub mod changes;
 pub mod client;
 mod connection;
 pub mod counters;
+mod end;
+pub mod endpoint;
 pub mod export;
 pub mod file;
 pub mod kernel;
+pub mod limits;
 pub mod proto;
+mod readahead;
 pub mod registry;
 pub mod server;
 pub mod socket;
+pub mod tls;
+mod transmit;
+mod wake;
+mod workers;
 
 #[cfg(test)]
 mod tests;

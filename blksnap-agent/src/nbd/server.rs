@@ -1,7 +1,7 @@
-//! Server: accepts clients on a unix socket and ends in good order.
+//! Server: accepts clients on its endpoints and ends in good order.
 //!
 //! # End
-//! [`Server::stop`] closes the socket's name first, so that nobody new comes. Requests in flight are finished, new
+//! [`Server::stop`] closes the endpoints first, so that nobody new comes. Requests in flight are finished, new
 //! ones are answered with `NBD_ESHUTDOWN` (options with `NBD_REP_ERR_SHUTDOWN`), and a connection with nothing in
 //! flight is closed. What still runs after the grace time is dropped.
 
@@ -10,63 +10,44 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
-use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use super::connection::{Bounds, MEMORY_UNIT, Shared, serve};
+use super::address::Address;
+use super::buffers::Buffers;
+use super::connection::serve;
 use super::counters::{Counters, add, subtract};
-use super::proto::limits::MAX_PAYLOAD;
+use super::end::{End, Phase};
+use super::endpoint::{ClientStream, Endpoint, EndpointError};
+use super::limits::Budget;
+pub use super::limits::ServerLimits;
+use super::proto::Tls;
 use super::registry::Exports;
-use super::socket::{SocketError, SocketName, listen_on};
+use super::tls::ServerTls;
+use super::transmit::Shared;
+use super::workers::Workers;
 
 /// Pause after a failed accept(2), so that a lack of descriptors does not burn the processor.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Bounds of a server. The defaults suit a daemon beside other work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ServerLimits {
-    /// Connections at once; more are closed at once.
-    pub connections: u32,
-    /// Requests in flight on one connection.
-    pub in_flight: u32,
-    /// Bytes of answers in flight on one connection; at least one answer of the largest payload fits.
-    pub connection_bytes: usize,
-    /// Bytes of answers in flight on all connections.
-    pub total_bytes: usize,
-    /// Requests that run at once, on all connections.
-    pub workers: u32,
-    /// Longest handshake.
-    pub handshake_timeout: Duration,
-    /// Longest time in which a client reads nothing of what it was sent.
-    pub write_timeout: Duration,
-    /// Longest time for requests in flight when the server stops.
-    pub grace: Duration,
-}
-
-impl Default for ServerLimits {
-    fn default() -> Self {
-        Self {
-            connections: 256,
-            in_flight: 64,
-            connection_bytes: 64 << 20,
-            total_bytes: 512 << 20,
-            workers: 64,
-            handshake_timeout: Duration::from_secs(10),
-            write_timeout: Duration::from_secs(120),
-            grace: Duration::from_secs(5),
-        }
-    }
-}
+/// Longest wait for threads that were told to drop their clients. One that waits for a disk can't hear it.
+const DROPPING: Duration = Duration::from_secs(2);
 
 /// The NBD server of a process. Dropped without [`Server::stop`] it ends too, but nobody waits for it.
 pub struct Server {
-    path: PathBuf,
-    counters: Arc<Counters>,
-    ending: DropGuard,
-    accepting: JoinHandle<()>,
+    addresses: Vec<Address>,
+    shared: Arc<Shared>,
+    ending: EndOnDrop,
+    accepting: Vec<JoinHandle<()>>,
+    clients: TaskTracker,
+}
+
+struct EndOnDrop(Arc<End>);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.0.advance(Phase::Ending);
+    }
 }
 
 impl Server {
@@ -75,67 +56,100 @@ impl Server {
     ///
     /// # Errors
     /// The socket can't be made; the error says why.
-    pub fn start(path: &Path, exports: Arc<Exports>, limits: &ServerLimits) -> Result<Self, SocketError> {
-        let (listener, name) = listen_on(path)?;
-        let listener = UnixListener::from_std(listener).map_err(|source| SocketError::Io {
-            path: path.to_owned(),
-            action: "watch it",
-            source,
-        })?;
-        let counters = Arc::new(Counters::default());
-        let ending = CancellationToken::new();
-        let shared = Arc::new(Shared {
-            exports,
-            counters: Arc::clone(&counters),
-            bounds: Bounds {
-                in_flight: limits.in_flight.max(1),
-                memory: units(limits.connection_bytes),
-                handshake_timeout: limits.handshake_timeout,
-                write_timeout: limits.write_timeout,
-            },
-            memory: Arc::new(Semaphore::new(
-                units(limits.total_bytes.max(limits.connection_bytes)) as usize,
-            )),
-            workers: Arc::new(Semaphore::new(limits.workers.max(1) as usize)),
-            ending: ending.clone(),
-        });
-        let accepting = tokio::spawn(accept(listener, name, shared, *limits));
-        tracing::info!(path = %path.display(), "nbd server listens");
-        Ok(Self {
-            path: path.to_owned(),
-            counters,
-            ending: ending.drop_guard(),
-            accepting,
-        })
+    pub fn start(path: &Path, exports: Arc<Exports>, limits: &ServerLimits) -> Result<Self, EndpointError> {
+        Ok(Self::start_on(vec![Endpoint::unix(path)?], exports, limits))
     }
 
-    /// The socket.
+    /// Serves `exports` on all of `endpoints`. Must be called in a tokio runtime.
     #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
+    pub fn start_on(endpoints: Vec<Endpoint>, exports: Arc<Exports>, limits: &ServerLimits) -> Self {
+        let limits = limits.sound();
+        let end = Arc::new(End::new());
+        let shared = Arc::new(Shared {
+            exports,
+            counters: Arc::new(Counters::default()),
+            limits,
+            budget: Arc::new(Budget::new(limits.total_bytes)),
+            buffers: Buffers::default(),
+            workers: Workers::new(limits.workers as usize),
+            end: Arc::clone(&end),
+        });
+        let clients = TaskTracker::new();
+        let addresses: Vec<Address> = endpoints
+            .iter()
+            .map(|endpoint| endpoint.address().clone())
+            .collect();
+        let accepting = endpoints
+            .into_iter()
+            .map(|endpoint| {
+                tracing::info!(address = %endpoint.address(), tls = ?endpoint.mode(), "nbd server listens");
+                tokio::spawn(accept(endpoint, Arc::clone(&shared), clients.clone()))
+            })
+            .collect();
+        Self {
+            addresses,
+            shared,
+            ending: EndOnDrop(end),
+            accepting,
+            clients,
+        }
+    }
+
+    /// Where clients find it.
+    #[must_use]
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
+    }
+
+    /// The first unix socket.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.addresses.iter().find_map(|address| match address {
+            Address::Unix(path) => Some(PathBuf::as_path(path)),
+            Address::Tcp(_) => None,
+        })
     }
 
     /// What the server did.
     #[must_use]
     pub fn counters(&self) -> Arc<Counters> {
-        Arc::clone(&self.counters)
+        Arc::clone(&self.shared.counters)
     }
 
-    /// Ends the server: finishes what is in flight, at most for the grace time, and removes the socket.
+    /// The bounds that hold.
+    #[must_use]
+    pub fn limits(&self) -> &ServerLimits {
+        &self.shared.limits
+    }
+
+    /// Ends the server: finishes what is in flight, at most for the grace time, and removes its sockets.
     pub async fn stop(self) {
-        drop(self.ending);
-        if let Err(error) = self.accepting.await {
-            tracing::error!(%error, "the nbd server failed");
+        let Self {
+            addresses,
+            shared,
+            ending,
+            accepting,
+            clients,
+        } = self;
+        drop(ending);
+        for task in accepting {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "the nbd server failed");
+            }
         }
-        tracing::info!(path = %self.path.display(), "nbd server ended");
+        clients.close();
+        let grace = shared.limits.grace;
+        if tokio::time::timeout(grace, clients.wait()).await.is_err() {
+            tracing::warn!(?grace, clients = clients.len(), "nbd clients are dropped");
+            shared.end.advance(Phase::Dropping);
+            if tokio::time::timeout(DROPPING, clients.wait()).await.is_err() {
+                tracing::warn!(clients = clients.len(), "threads of nbd clients are left alone");
+            }
+        }
+        for address in addresses {
+            tracing::info!(%address, "nbd server ended");
+        }
     }
-}
-
-/// Memory units in `bytes`; at least what one answer of the largest payload needs.
-fn units(bytes: usize) -> u32 {
-    let least = MAX_PAYLOAD as usize + MEMORY_UNIT;
-    let units = bytes.max(least).div_ceil(MEMORY_UNIT).min(Semaphore::MAX_PERMITS);
-    u32::try_from(units).unwrap_or(u32::MAX)
 }
 
 /// A client counted as open.
@@ -147,23 +161,28 @@ impl Drop for Open {
     }
 }
 
-/// Accepts clients until the server ends, then waits for them.
-async fn accept(listener: UnixListener, name: SocketName, shared: Arc<Shared>, limits: ServerLimits) {
-    let clients = TaskTracker::new();
-    let drop_all = CancellationToken::new();
+/// Accepts clients until the server ends.
+async fn accept(endpoint: Endpoint, shared: Arc<Shared>, clients: TaskTracker) {
+    let most = shared.limits.connections;
     loop {
         let accepted = tokio::select! {
-            () = shared.ending.cancelled() => break,
-            accepted = listener.accept() => accepted,
+            () = shared.end.ending().cancelled() => break,
+            accepted = endpoint.accept() => accepted,
         };
         match accepted {
-            Ok((stream, _)) => {
-                if shared.counters.connections_open.load(Ordering::Relaxed) >= limits.connections.into() {
+            Ok(stream) => {
+                if shared.counters.connections_open.load(Ordering::Relaxed) >= most.into() {
                     add(&shared.counters.connections_refused, 1);
-                    tracing::debug!(limit = limits.connections, "an nbd client was refused");
+                    tracing::debug!(limit = most, "an nbd client was refused");
                     continue;
                 }
-                clients.spawn(client(stream, Arc::clone(&shared), drop_all.clone()));
+                let client = client(
+                    stream,
+                    endpoint.mode(),
+                    endpoint.tls().cloned(),
+                    Arc::clone(&shared),
+                );
+                clients.spawn(client);
             }
             Err(error) => {
                 tracing::debug!(%error, "accept an nbd client");
@@ -171,21 +190,14 @@ async fn accept(listener: UnixListener, name: SocketName, shared: Arc<Shared>, l
             }
         }
     }
-    drop(name);
-    drop(listener);
-    clients.close();
-    if tokio::time::timeout(limits.grace, clients.wait()).await.is_err() {
-        tracing::warn!(grace = ?limits.grace, clients = clients.len(), "nbd clients are dropped");
-        drop_all.cancel();
-        clients.wait().await;
-    }
 }
 
 /// Serves one client and counts it.
 fn client(
-    stream: UnixStream,
+    stream: ClientStream,
+    mode: Tls,
+    tls: Option<Arc<ServerTls>>,
     shared: Arc<Shared>,
-    drop_all: CancellationToken,
 ) -> impl Future<Output = ()> + Send + 'static {
     let counters = Arc::clone(&shared.counters);
     add(&counters.connections, 1);
@@ -193,32 +205,10 @@ fn client(
     let open = Open(Arc::clone(&counters));
     async move {
         let _open = open;
-        let (reader, writer) = stream.into_split();
-        let outcome = tokio::select! {
-            outcome = serve(reader, writer, shared) => outcome,
-            () = drop_all.cancelled() => {
-                add(&counters.sessions_dropped, 1);
-                return;
-            }
-        };
+        let outcome = serve(stream, mode, tls, shared).await;
         if let Err(error) = outcome {
             let source = std::error::Error::source(&error).map(ToString::to_string);
             tracing::debug!(%error, source, "an nbd client was dropped");
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_answer_always_fits_the_memory() {
-        assert!(
-            units(0) as usize * MEMORY_UNIT
-                > MAX_PAYLOAD as usize + super::super::proto::reply::MAX_READ_PREFIX
-        );
-        assert_eq!(units(1 << 30), 1 << 20);
-        assert!(units(usize::MAX) > 0);
     }
 }

@@ -137,7 +137,7 @@ impl Fixture {
     }
 
     fn path(&self) -> &Path {
-        self.server.path()
+        self.server.path().unwrap()
     }
 
     fn counters(&self) -> CountersSnapshot {

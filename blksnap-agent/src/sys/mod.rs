@@ -1,6 +1,7 @@
 //! System: the kernel's calls behind safe functions; the only unsafe code of the agent.
 
 mod buffer;
+pub mod cached;
 pub mod fdpass;
 pub mod fiemap;
 pub mod ioctl;

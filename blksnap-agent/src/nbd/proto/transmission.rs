@@ -84,6 +84,12 @@ impl Requests {
         &self.session
     }
 
+    /// Whether the input is between two requests.
+    #[must_use]
+    pub const fn is_at_rest(&self) -> bool {
+        self.have == 0 && matches!(self.state, State::Header)
+    }
+
     /// Bytes of a write's payload that are still to be collected.
     #[must_use]
     pub const fn payload_left(&self) -> usize {
