@@ -1,6 +1,6 @@
 //! blksnap agent: changed-block tracking and point-in-time snapshots of block devices in use, from user space.
 //!
-//! Lower modules never use higher ones. `units`, `cbt` and `nbd::proto` are the *core*: no async runtime, no
+//! Lower modules never use higher ones. `units`, `cbt`, `cow` and `nbd::proto` are the *core*: no async runtime, no
 //! eBPF loader, no file system or network, no clock, no unsafe; `cargo xtask lint` keeps it so. Unsafe code
 //! lives in `sys` only.
 //!
@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`units`] | quantities and identifiers with checked constructors |
 //! | [`cbt`] | the change map: numbers, generations, changed extents (core) |
+//! | [`cow`] | copy on write: what must be kept before a write, and where an image is (core) |
 //! | [`sys`] | system calls and ioctls behind safe functions; the only unsafe |
 //! | [`disk`] | block devices: identity, geometry, direct reads, mounts, freeze |
 //! | [`engine`] | moves bytes from a device to a sink |
@@ -28,6 +29,7 @@ pub mod backup;
 pub mod cbt;
 pub mod cli;
 pub mod control;
+pub mod cow;
 pub mod daemon;
 pub mod disk;
 pub mod engine;

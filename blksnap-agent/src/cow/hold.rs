@@ -1,0 +1,331 @@
+//! Hold: the writes of one origin, and the tables of all snapshots of it.
+//!
+//! # Use
+//! For every part of a write ([`ChunkLayout::split`]) the engine calls [`Hold::begin`] until it says go:
+//! - [`Decision::Copy`]: read the job's units from the origin, put them where each need says, [`Hold::settle`];
+//! - [`Decision::Wait`]: wait until the job with that ticket is settled.
+//!
+//! Then it writes to the origin, and calls [`Hold::end`]. A snapshot can be armed only while no write is between go and
+//! end: the engine keeps new ones back for that moment.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::layout::{ChunkLayout, ChunkRange, UnitSet};
+use super::table::{BufferId, Piece, Place, Table};
+
+/// A snapshot, as the hold knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SnapshotKey(pub u64);
+
+/// A job under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(u64);
+
+/// What a write has to do next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Write.
+    Go,
+    /// Preserve this, settle it, ask again.
+    Copy(Job),
+    /// Somebody preserves what this write needs: ask again when that is settled.
+    Wait(Ticket),
+}
+
+/// Units that have to be preserved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Job {
+    /// Names it.
+    pub ticket: Ticket,
+    /// The chunk.
+    pub chunk: u64,
+    /// Units to be read from the origin.
+    pub units: UnitSet,
+    /// Who wants which of them.
+    pub needs: Vec<Need>,
+}
+
+/// Units that a snapshot lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// The snapshot.
+    pub snapshot: SnapshotKey,
+    /// What it lacks.
+    pub units: UnitSet,
+}
+
+/// A call that can't be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HoldError {
+    /// Writes are under way.
+    #[error("writes to the origin are under way")]
+    Writing,
+    /// The snapshot is armed already.
+    #[error("the snapshot holds the device already")]
+    Armed,
+    /// No such snapshot.
+    #[error("the snapshot does not hold the device")]
+    Unknown,
+    /// The snapshot is broken.
+    #[error("the snapshot is broken by error {0}")]
+    Broken(i32),
+}
+
+/// All writes and snapshots of one origin.
+#[derive(Clone, Debug)]
+pub struct Hold {
+    layout: ChunkLayout,
+    tables: BTreeMap<SnapshotKey, Table>,
+    /// Jobs under way, by chunk: no unit is in two of them.
+    busy: HashMap<u64, Vec<(Ticket, UnitSet)>>,
+    next: u64,
+    writing: u64,
+}
+
+impl Hold {
+    /// An origin without snapshots.
+    #[must_use]
+    pub fn new(layout: ChunkLayout) -> Self {
+        Self {
+            layout,
+            tables: BTreeMap::new(),
+            busy: HashMap::new(),
+            next: 0,
+            writing: 0,
+        }
+    }
+
+    /// The layout.
+    #[must_use]
+    pub const fn layout(&self) -> &ChunkLayout {
+        &self.layout
+    }
+
+    /// Begins a snapshot: from here on what it lacks is preserved. This moment is its instant for this device.
+    ///
+    /// # Errors
+    /// Writes are under way, or it is armed.
+    pub fn arm(&mut self, snapshot: SnapshotKey) -> Result<(), HoldError> {
+        if self.writing > 0 {
+            return Err(HoldError::Writing);
+        }
+        if self.tables.contains_key(&snapshot) {
+            return Err(HoldError::Armed);
+        }
+        self.tables.insert(snapshot, Table::new(self.layout));
+        Ok(())
+    }
+
+    /// Ends a snapshot. Jobs under way for it settle in vain.
+    ///
+    /// # Errors
+    /// It is not armed.
+    pub fn release(&mut self, snapshot: SnapshotKey) -> Result<Table, HoldError> {
+        self.tables.remove(&snapshot).ok_or(HoldError::Unknown)
+    }
+
+    /// Whether no snapshot holds the origin: writes need not ask then.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.tables.is_empty()
+    }
+
+    /// The table of a snapshot.
+    ///
+    /// # Errors
+    /// It is not armed, or broken.
+    pub fn table(&self, snapshot: SnapshotKey) -> Result<&Table, HoldError> {
+        let table = self.tables.get(&snapshot).ok_or(HoldError::Unknown)?;
+        table
+            .failed()
+            .map_or(Ok(table), |errno| Err(HoldError::Broken(errno)))
+    }
+
+    /// The table of a snapshot, to say where a chunk has its place or that a buffer was stored.
+    ///
+    /// # Errors
+    /// As [`Hold::table`].
+    pub fn table_mut(&mut self, snapshot: SnapshotKey) -> Result<&mut Table, HoldError> {
+        let table = self.tables.get_mut(&snapshot).ok_or(HoldError::Unknown)?;
+        match table.failed() {
+            Some(errno) => Err(HoldError::Broken(errno)),
+            None => Ok(table),
+        }
+    }
+
+    /// Breaks a snapshot; the origin goes on.
+    pub fn fail(&mut self, snapshot: SnapshotKey, errno: i32) {
+        if let Some(table) = self.tables.get_mut(&snapshot) {
+            table.fail(errno);
+        }
+    }
+
+    /// A write to `range`, which is within one chunk, wants to go on.
+    pub fn begin(&mut self, range: &ChunkRange) -> Decision {
+        let touched = self.layout.touched(range);
+        let needs: Vec<Need> = self
+            .tables
+            .iter()
+            .map(|(snapshot, table)| Need {
+                snapshot: *snapshot,
+                units: table.missing(range.chunk, touched),
+            })
+            .filter(|need| !need.units.is_empty())
+            .collect();
+        let units = needs
+            .iter()
+            .fold(UnitSet::EMPTY, |all, need| all.union(need.units));
+        if units.is_empty() {
+            self.writing += 1;
+            return Decision::Go;
+        }
+        match self.claim(range.chunk, units) {
+            Ok(ticket) => Decision::Copy(Job {
+                ticket,
+                chunk: range.chunk,
+                units,
+                needs,
+            }),
+            Err(ticket) => Decision::Wait(ticket),
+        }
+    }
+
+    /// The write that was told to go has landed, or failed.
+    pub fn end(&mut self) {
+        debug_assert!(self.writing > 0);
+        self.writing = self.writing.saturating_sub(1);
+    }
+
+    /// A write to an image wants to go on. [`Decision::Copy`] names the units that it covers in part only: they are to
+    /// be preserved first; with none of them left the job has no needs, and its units are those that the engine may
+    /// write now. It ends by [`Hold::settle_image`].
+    ///
+    /// # Errors
+    /// The snapshot is not armed, or broken.
+    pub fn begin_image(&mut self, snapshot: SnapshotKey, range: &ChunkRange) -> Result<Decision, HoldError> {
+        let touched = self.layout.touched(range);
+        let partly = touched.without(self.layout.covered(range));
+        let missing = self.table(snapshot)?.missing(range.chunk, partly);
+        let (units, needs) = if missing.is_empty() {
+            (touched, Vec::new())
+        } else {
+            let need = Need {
+                snapshot,
+                units: missing,
+            };
+            (missing, vec![need])
+        };
+        Ok(match self.claim(range.chunk, units) {
+            Ok(ticket) => Decision::Copy(Job {
+                ticket,
+                chunk: range.chunk,
+                units,
+                needs,
+            }),
+            Err(ticket) => Decision::Wait(ticket),
+        })
+    }
+
+    /// A job is done: each need was met, in a buffer or (`None`) in the chunk's slot, or failed with an error number,
+    /// which breaks that snapshot and no other.
+    pub fn settle(&mut self, job: &Job, outcomes: &[Result<Option<BufferId>, i32>]) {
+        debug_assert_eq!(job.needs.len(), outcomes.len());
+        for (need, outcome) in job.needs.iter().zip(outcomes) {
+            let Some(table) = self.tables.get_mut(&need.snapshot) else {
+                continue;
+            };
+            match outcome {
+                Ok(Some(buffer)) => table.stage(job.chunk, need.units, *buffer),
+                Ok(None) => table.store(job.chunk, need.units),
+                Err(errno) => table.fail(*errno),
+            }
+        }
+        self.unclaim(job);
+    }
+
+    /// A write to an image is done: its units are in the chunk's slot now, or it failed and changed nothing that an
+    /// image shows.
+    pub fn settle_image(&mut self, snapshot: SnapshotKey, job: &Job, written: bool) {
+        if written && let Ok(table) = self.table_mut(snapshot) {
+            table.store(job.chunk, job.units);
+        }
+        self.unclaim(job);
+    }
+
+    /// A buffer is to be stored: gives the job with the units that wait in it, whose only need is this snapshot's, and
+    /// keeps image writes from them. `None` if none wait any more. It ends by [`Hold::settle`].
+    ///
+    /// # Errors
+    /// The snapshot is not armed, or broken.
+    pub fn begin_store(
+        &mut self,
+        snapshot: SnapshotKey,
+        chunk: u64,
+        buffer: BufferId,
+    ) -> Result<Option<Decision>, HoldError> {
+        let units = self.table(snapshot)?.waiting(chunk, buffer);
+        if units.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(match self.claim(chunk, units) {
+            Ok(ticket) => Decision::Copy(Job {
+                ticket,
+                chunk,
+                units,
+                needs: vec![Need { snapshot, units }],
+            }),
+            Err(ticket) => Decision::Wait(ticket),
+        }))
+    }
+
+    /// Where the bytes of an image are now.
+    ///
+    /// # Errors
+    /// The snapshot is not armed, or broken.
+    pub fn resolve(&self, snapshot: SnapshotKey, offset: u64, length: u64) -> Result<Vec<Piece>, HoldError> {
+        let table = self.table(snapshot)?;
+        table
+            .resolve(offset, length)
+            .ok_or(HoldError::Broken(table.failed().unwrap_or_default()))
+    }
+
+    /// After pieces were read from the origin: those of them that are elsewhere by now, and have to be read again from
+    /// there. With none the read is right.
+    ///
+    /// # Errors
+    /// The snapshot is not armed any more, or broken: nothing that was read is of use.
+    pub fn recheck(&self, snapshot: SnapshotKey, pieces: &[Piece]) -> Result<Vec<Piece>, HoldError> {
+        let table = self.table(snapshot)?;
+        let mut moved = Vec::new();
+        for piece in pieces.iter().filter(|piece| piece.place == Place::Origin) {
+            let now = table
+                .resolve(piece.range.offset, piece.range.length)
+                .unwrap_or_default();
+            moved.extend(now.into_iter().filter(|piece| piece.place != Place::Origin));
+        }
+        Ok(moved)
+    }
+
+    fn claim(&mut self, chunk: u64, units: UnitSet) -> Result<Ticket, Ticket> {
+        let busy = self.busy.entry(chunk).or_default();
+        if let Some((ticket, _)) = busy.iter().find(|(_, taken)| !taken.and(units).is_empty()) {
+            return Err(*ticket);
+        }
+        let ticket = Ticket(self.next);
+        self.next += 1;
+        busy.push((ticket, units));
+        Ok(ticket)
+    }
+
+    fn unclaim(&mut self, job: &Job) {
+        if let Some(busy) = self.busy.get_mut(&job.chunk) {
+            busy.retain(|(ticket, _)| *ticket != job.ticket);
+            if busy.is_empty() {
+                self.busy.remove(&job.chunk);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod model;
