@@ -5,6 +5,7 @@
 //! - [`LoopDevice`]: a block device on a file of its own, with a file system and a mount when asked.
 //! - [`Writer`]: random writes to a file system or a device until it is dropped.
 //! - [`Zram`]: a disk in memory.
+//! - [`Tamper`]: changes what a daemon shares with the kernel.
 //! - [`Interrupt`]: signals, for programs that must clean up after themselves.
 //! - [`seed`]: the seed of a random test, printed, or given by `BLKSNAP_SEED` to repeat a run.
 //!
@@ -13,6 +14,7 @@
 mod daemon;
 mod interrupt;
 mod loopdev;
+mod tamper;
 mod writer;
 mod zram;
 
@@ -25,6 +27,7 @@ use anyhow::{Context as _, Result, ensure};
 pub use daemon::{Answer, Daemon, DaemonOptions, agent_binary};
 pub use interrupt::{Interrupt, Interrupted};
 pub use loopdev::{LoopDevice, LoopOptions};
+pub use tamper::Tamper;
 pub use writer::{Pace, Writer};
 pub use zram::Zram;
 

@@ -31,9 +31,36 @@ impl Zram {
             .trim()
             .parse()?;
         let device = Self { number };
-        fs::write(format!("/sys/block/zram{number}/disksize"), format!("{bytes}\n"))
-            .with_context(|| format!("set the size of zram{number}"))?;
+        device.set_size(bytes)?;
         Ok(device)
+    }
+
+    fn set_size(&self, bytes: u64) -> Result<()> {
+        let number = self.number;
+        fs::write(format!("/sys/block/zram{number}/disksize"), format!("{bytes}\n"))
+            .with_context(|| format!("set the size of zram{number}"))
+    }
+
+    /// Forgets the content and the size, and gives it a size again: the same disk to the kernel.
+    ///
+    /// # Errors
+    /// Somebody has it open.
+    pub fn reset(&self, bytes: u64) -> Result<()> {
+        fs::write(format!("/sys/block/zram{}/reset", self.number), "1\n")?;
+        self.set_size(bytes)
+    }
+
+    /// Removes the device, and makes another one; says whether that has the same number.
+    ///
+    /// # Errors
+    /// Somebody has it open.
+    pub fn replace(&mut self, bytes: u64) -> Result<bool> {
+        let before = self.number;
+        fs::write(format!("/sys/block/zram{before}/reset"), "1\n")?;
+        fs::write(format!("{CONTROL}/hot_remove"), format!("{before}\n"))?;
+        self.number = fs::read_to_string(format!("{CONTROL}/hot_add"))?.trim().parse()?;
+        self.set_size(bytes)?;
+        Ok(self.number == before)
     }
 
     /// The node.

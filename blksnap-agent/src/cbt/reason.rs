@@ -38,6 +38,8 @@ pub enum ResetReason {
     DaxMount,
     /// The medium was exchanged.
     MediumChanged,
+    /// The device is gone, or has no medium.
+    DeviceGone,
     /// Another device took the place of the one tracked.
     DeviceReplaced,
     /// The state left by the agent before is damaged or missing.
@@ -50,7 +52,7 @@ pub enum ResetReason {
 
 impl ResetReason {
     /// All reasons.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::NewAttach,
         Self::Requested,
         Self::Wrapped,
@@ -64,6 +66,7 @@ impl ResetReason {
         Self::PassthroughWrite,
         Self::DaxMount,
         Self::MediumChanged,
+        Self::DeviceGone,
         Self::DeviceReplaced,
         Self::StateDamaged,
         Self::StateVersion,
@@ -87,6 +90,7 @@ impl ResetReason {
             Self::PassthroughWrite => "passthrough_write",
             Self::DaxMount => "dax_mount",
             Self::MediumChanged => "medium_changed",
+            Self::DeviceGone => "device_gone",
             Self::DeviceReplaced => "device_replaced",
             Self::StateDamaged => "state_damaged",
             Self::StateVersion => "state_version",
@@ -111,6 +115,7 @@ impl fmt::Display for ResetReason {
             Self::PassthroughWrite => "a passthrough command may have written to the device",
             Self::DaxMount => "the device is mounted with direct access (dax), which can't be tracked",
             Self::MediumChanged => "the medium was exchanged",
+            Self::DeviceGone => "the device is gone",
             Self::DeviceReplaced => "another device took the place of the one tracked",
             Self::StateDamaged => "the saved tracking state is damaged or missing",
             Self::StateVersion => "the saved tracking state has an unknown version",

@@ -189,6 +189,15 @@ pub struct Daemon {
     #[arg(long, value_name = "SHIFT", default_value_t = TrackingParams::default().maximum_shift())]
     pub tracking_block_maximum_shift: u32,
 
+    /// How often a device that does I/O, of which the tracking programs saw nothing, is read to see that they work
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = crate::tracker::selftest::INTERVAL.as_secs(),
+        value_parser = clap::value_parser!(u64).range(1..=86_400)
+    )]
+    pub self_test_interval: u64,
+
     /// Type information of the kernel
     #[arg(
         long,

@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
@@ -56,6 +57,8 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
                 bpffs: options.bpffs,
                 documents,
             }),
+            doubt_interval: default.doubt_interval,
+            self_test_interval: Duration::from_secs(options.self_test_interval),
         },
     })?;
     Ok(())

@@ -128,10 +128,11 @@ fn table(devices: &Devices) -> String {
             cbt.changes_number.to_string(),
             human(changed),
             human(device.counters.bytes.values().sum()),
-            cbt.corrupted.as_ref().map_or_else(
-                || "tracked".to_owned(),
-                |reason| format!("full needed: {}", reason.code()),
-            ),
+            match (device.lost, cbt.corrupted) {
+                (Some(reason), _) => format!("lost: {}", reason.code()),
+                (None, Some(reason)) => format!("full needed: {}", reason.code()),
+                (None, None) => "tracked".to_owned(),
+            },
             mounts.join(", "),
         ]);
     }
@@ -155,6 +156,7 @@ mod tests {
                 mountpoint: "/srv".to_owned(),
                 fs_type: "ext4".to_owned(),
             }],
+            lost: None,
             cbt: api::CbtInfo {
                 device: "/dev/sdb1".to_owned(),
                 device_capacity: 1 << 30,
@@ -178,6 +180,11 @@ mod tests {
                         ..device.cbt.clone()
                     },
                     mounts: Vec::new(),
+                    ..device.clone()
+                },
+                DeviceStatus {
+                    lost: Some(crate::cbt::ResetReason::DeviceGone),
+                    mounts: Vec::new(),
                     ..device
                 },
             ],
@@ -186,7 +193,8 @@ mod tests {
             text,
             "DEVICE      SIZE   BLOCK  TAKES  CHANGED  WRITTEN  STATE                    MOUNTED ON\n\
              /dev/sdb1  1 GiB  64 KiB      2  1.5 MiB      0 B  tracked                  /srv\n\
-             /dev/sdb1  1 GiB  64 KiB      2  1.5 MiB      0 B  full needed: run_missed  -\n"
+             /dev/sdb1  1 GiB  64 KiB      2  1.5 MiB      0 B  full needed: run_missed  -\n\
+             /dev/sdb1  1 GiB  64 KiB      2  1.5 MiB      0 B  lost: device_gone        -\n"
         );
     }
 }

@@ -109,6 +109,8 @@ pub struct DeviceStatus {
     pub capacity: u64,
     /// Where it is mounted.
     pub mounts: Vec<Mount>,
+    /// What became of it, if it is no longer the device that was attached: it can be attached again, or detached.
+    pub lost: Option<ResetReason>,
     /// The change map.
     pub cbt: CbtInfo,
     /// What was seen since the attach.
@@ -128,7 +130,12 @@ pub struct Counters {
     pub ring_full: u64,
     /// Runs of the tracking programs that the kernel left out.
     pub run_misses: u64,
-    /// Generations ended, by reason.
+    /// Commands past the block layer that may have changed it.
+    pub passthrough: u64,
+    /// Doubts that came up, by reason: after each, the next backup is a full one.
+    #[serde(default)]
+    pub doubts: BTreeMap<String, u64>,
+    /// Generations begun, by reason.
     pub resets: BTreeMap<String, u64>,
 }
 

@@ -18,20 +18,24 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::BlockDevice;
-use crate::units::{DeviceId, Sectors};
+use crate::units::DeviceId;
 
 /// `/sys/dev/block`.
 pub const SYSFS: &str = "/sys/dev/block";
 
-/// I/O that a disk completed, from its `stat` (`Documentation/block/stat.rst`). Only grows while the disk lives.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Sectors of I/O that a disk completed, from its `stat` (`Documentation/block/stat.rst`). They only grow while the
+/// disk lives. The numbers of requests count flushes as writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Completed {
-    /// Reads.
+    /// Read.
     pub reads: u64,
-    /// Writes.
+    /// Written.
     pub writes: u64,
-    /// Discards (Linux 4.18).
+    /// Discarded (Linux 4.18).
     pub discards: u64,
 }
 
@@ -40,7 +44,7 @@ impl Completed {
         let mut fields = text.split_whitespace().map(str::parse);
         let mut nth = |n: usize| fields.nth(n)?.ok();
         Some(Self {
-            reads: nth(0)?,
+            reads: nth(2)?,
             writes: nth(3)?,
             discards: nth(6).unwrap_or_default(),
         })
@@ -52,14 +56,15 @@ impl Completed {
 }
 
 /// What is known of a device at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Presence {
     /// Inode number of the disk's directory in sysfs.
     directory: u64,
     diskseq: Option<u64>,
     first_sector: u64,
-    /// Capacity of the device.
-    pub capacity: Sectors,
+    /// Sectors of the device.
+    capacity: u64,
     /// `loop/offset`.
     loop_offset: Option<u64>,
     /// What the disk completed; `None` if it does not count.
@@ -96,7 +101,7 @@ impl Presence {
             directory: fs::metadata(&disk).ok()?.ino(),
             diskseq: number(&disk, "diskseq"),
             first_sector: number(&node, "start").unwrap_or_default(),
-            capacity: Sectors::new(number(&node, "size")?),
+            capacity: number(&node, "size")?,
             loop_offset: number(&disk, "loop/offset"),
             completed: fs::read_to_string(disk.join("stat"))
                 .ok()
@@ -107,7 +112,7 @@ impl Presence {
     /// What became of the device since `before`, if anything did. The graver one is given.
     #[must_use]
     pub fn change_since(&self, before: &Self) -> Option<Change> {
-        if self.capacity.count() == 0 {
+        if self.capacity == 0 {
             return Some(Change::Gone);
         }
         if self.directory != before.directory || self.first_sector != before.first_sector {
@@ -131,6 +136,7 @@ fn directory(sysfs: &Path, id: DeviceId) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::Sectors;
 
     /// A made-up disk with one partition.
     struct Fake {
@@ -138,7 +144,7 @@ mod tests {
         device: BlockDevice,
     }
 
-    const STAT: &str = "  10  0  80  1  20  0  160  1  0  2  2  30  0  240  1  0  0\n";
+    const STAT: &str = "  1  0  10  1  2  0  20  1  0  2  2  3  0  30  1  9  0\n";
 
     impl Fake {
         fn new() -> Self {
@@ -235,7 +241,7 @@ mod tests {
         fake.write("sdz/stat", &STAT.replace("20", "21"));
         assert_eq!(fake.look().unwrap().change_since(&before), None);
         // Before 4.18 there were no discards.
-        fake.write("sdz/stat", "11 0 80 1 20 0 160 1 0 2 2\n");
+        fake.write("sdz/stat", "1 0 11 1 2 0 20 1 0 2 2\n");
         assert_eq!(fake.look().unwrap().completed.unwrap().discards, 0);
         fake.write("sdz/stat", "\n");
         let without = fake.look().unwrap();

@@ -48,7 +48,13 @@ pub struct DeviceSample {
     pub changes_number: u8,
     /// Operations and bytes by kind, each kind present.
     pub operations: Vec<(&'static str, u64, u64)>,
-    /// Generations ended by reason, each reason present.
+    /// Whether another device, or none, is in its place.
+    pub lost: bool,
+    /// Passthrough commands that may have changed it.
+    pub passthrough: u64,
+    /// Doubts that came up by reason, each reason present.
+    pub doubts: Vec<(&'static str, u64)>,
+    /// Generations begun by reason, each reason present.
     pub resets: Vec<(&'static str, u64)>,
     /// Records that came by the ring.
     pub ring_records: u64,
@@ -216,16 +222,36 @@ impl Sample {
             None,
             self.each(|device| device.changes_number.into()),
         )?;
-        out.counters(
-            "device_generation_resets",
-            "Generations of the change map ended, by reason: the next backup is a full one.",
-            None,
-            self.devices.iter().flat_map(|device| {
-                device
-                    .resets
+        let by_reason = |counts: fn(&DeviceSample) -> &Vec<(&'static str, u64)>| {
+            self.devices.iter().flat_map(move |device| {
+                counts(device)
                     .iter()
                     .map(|(reason, count)| ([("device", device.device.as_str()), ("reason", reason)], *count))
-            }),
+            })
+        };
+        out.counters(
+            "device_doubts",
+            "Reasons to doubt that the change map is complete, as they came up: the next backup is a full one.",
+            None,
+            by_reason(|device| &device.doubts),
+        )?;
+        out.counters(
+            "device_generation_resets",
+            "Generations of the change map begun, by reason.",
+            None,
+            by_reason(|device| &device.resets),
+        )?;
+        out.gauges(
+            "device_lost",
+            "1 where another device, or none, is in the place of the one attached.",
+            None,
+            self.each(|device| u64::from(device.lost)),
+        )?;
+        out.counters(
+            "device_passthrough_commands",
+            "Commands past the block layer that may have changed the device.",
+            None,
+            self.each(|device| device.passthrough),
         )?;
         out.counters(
             "device_ring_records",
@@ -458,6 +484,9 @@ mod tests {
             dirty_blocks: 7,
             changes_number: 255,
             operations: vec![("write", 3, 12_288), ("discard", 0, 0)],
+            lost: false,
+            passthrough: 0,
+            doubts: vec![("run_missed", 0)],
             resets: vec![("wrapped", 1), ("run_missed", 0)],
             ring_records: u64::MAX,
             ring_full: 0,
@@ -524,13 +553,17 @@ mod tests {
     #[test]
     fn loss_and_doubt_are_there_before_they_happen() {
         let series = parse(&render(sample()).unwrap());
-        for name in ["ring_full", "run_misses"] {
+        for name in ["ring_full", "run_misses", "passthrough_commands"] {
             let name = format!("blksnap_device_{name}_total");
             assert_eq!(value(&series, &name, &[("device", "sda1")]), Some(0.0), "{name}");
         }
         let reason = [("device", "sda1"), ("reason", "run_missed")];
+        for name in ["doubts", "generation_resets"] {
+            let name = format!("blksnap_device_{name}_total");
+            assert_eq!(value(&series, &name, &reason), Some(0.0), "{name}");
+        }
         assert_eq!(
-            value(&series, "blksnap_device_generation_resets_total", &reason),
+            value(&series, "blksnap_device_lost", &[("device", "sda1")]),
             Some(0.0)
         );
         // Without a device there is no series of a device, and the text is still right.

@@ -9,10 +9,11 @@
 //! is read from it afterwards is complete: a write is either in the closed bitmap, or in the new one. Ring
 //! records only make the map current in between; a record of a closed period is ignored, since the bitmap had it.
 
+mod doubt;
 mod keeping;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
@@ -20,15 +21,16 @@ use blksnap_common::blockrange::{BlockRange, blocks_of};
 use blksnap_common::track::{OP_KINDS, Record, Slot, SlotState};
 use serde::Serialize;
 
+use doubt::Doubts;
 pub use keeping::Lost;
 
 use super::bitmap::{Bitmap, BitmapTable, DirtyBlocks};
 use super::keep::Keep;
-use super::object::RunMisses;
 use super::watch::Watchers;
 use super::{Shared, TrackerError, pins, probe, record};
-use crate::cbt::{CbtMap, MapError, ReadMap, ResetReason, Taken};
-use crate::disk::{BlockDevice, DiskError};
+use crate::cbt::{CbtMap, MapError, ResetReason};
+use crate::disk::presence::{Presence, SYSFS};
+use crate::disk::{BlockDevice, DiskError, dax};
 use crate::units::{BlockSize, Generation, Sectors};
 
 /// What the ledger knows of writes in flight.
@@ -57,6 +59,10 @@ pub struct DeviceCounters {
     pub run_misses: u64,
     /// Blocks changed in the open period.
     pub dirty_blocks: u64,
+    /// Passthrough commands that may have changed it.
+    pub passthrough: u64,
+    /// Doubts that came up, by reason: each ends a generation.
+    pub doubts: BTreeMap<ResetReason, u64>,
     /// Generations that began, by reason.
     pub resets: BTreeMap<ResetReason, u64>,
 }
@@ -85,7 +91,7 @@ struct State {
     table: BitmapTable,
     bitmap: Bitmap,
     period: u64,
-    /// Rare events handled so far; passthrough commands when this generation began.
+    /// Rare events handled so far; passthrough commands and errors when this generation began.
     seen: SlotState,
     /// Skipped runs of the steady programs when this generation began, by the number of the first program: of this
     /// agent, and of those before.
@@ -94,6 +100,7 @@ struct State {
     keep: Option<Keep>,
     /// The document lacks something that it should have soon.
     unsaved: bool,
+    doubts: Doubts,
     resets: BTreeMap<ResetReason, u64>,
     watchers: Watchers,
 }
@@ -105,11 +112,6 @@ impl State {
             keep.add(dirty.words());
         }
         dirty.mark(&mut self.map);
-    }
-
-    fn corrupt(&mut self, reason: ResetReason) {
-        self.map.corrupt(reason);
-        self.unsaved = true;
     }
 }
 
@@ -152,6 +154,12 @@ impl TrackedDevice {
             device.capacity,
         )
         .map_err(too_many)?;
+        if let Some(how) = dax::of(&device)? {
+            return Err(TrackerError::Dax {
+                device: device.path.display().to_string(),
+                how,
+            });
+        }
         let disk = device.disk_id.kernel_dev();
         let kind = probe::disk_kind(&device);
         let mut object = shared.object();
@@ -174,15 +182,18 @@ impl TrackedDevice {
                 flags: 0,
                 reserved: 0,
             };
-            object.guards.set(id, device.id)?;
+            let doubts = Doubts::new(
+                Presence::look(Path::new(SYSFS), &device),
+                object.guards.set(id, device.id)?,
+            );
             let at_attach = shared.slot_state(id);
             let misses = object.misses_by_set()?;
             let mut table = object.bitmap_table()?;
             table.set(id, &bitmap)?;
             object.insert(disk, slot, kind)?;
-            Ok((slot, table, bitmap, at_attach, misses, keep))
+            Ok((slot, table, bitmap, at_attach, misses, keep, doubts))
         })();
-        let (slot, table, bitmap, at_attach, misses, keep) = match started {
+        let (slot, table, bitmap, at_attach, misses, keep, doubts) = match started {
             Ok(started) => started,
             Err(error) => {
                 // What is left of the slot has no document: nobody takes it for tracked.
@@ -212,6 +223,7 @@ impl TrackedDevice {
                     .collect(),
                 keep,
                 unsaved: false,
+                doubts,
                 resets: BTreeMap::from([(began, 1)]),
                 watchers: Watchers::default(),
             }),
@@ -267,6 +279,10 @@ impl TrackedDevice {
         let next = open_bitmap(state.keep.as_ref(), self.slot.id, blocks, state.period + 1)?;
         state.table.set(self.slot.id, &next)?;
         let closed = std::mem::replace(&mut state.bitmap, next);
+        if self.shared.slot_state(self.slot.id).period != state.period {
+            // Nobody else writes there: what else is in that memory may be wrong, too.
+            state.corrupt(&self.device, ResetReason::Corrupted);
+        }
         state.period += 1;
         self.shared.set_period(self.slot.id, state.period);
         let mut dirty = DirtyBlocks::new(closed.bits());
@@ -274,16 +290,20 @@ impl TrackedDevice {
         if seen.whole_device != state.seen.whole_device {
             dirty = DirtyBlocks::all(blocks);
         }
+        if seen.passthrough != state.seen.passthrough {
+            state.corrupt(&self.device, ResetReason::PassthroughWrite);
+        }
         if seen.errors != state.seen.errors {
-            state.map.corrupt(ResetReason::MapError);
-            state.unsaved = true;
+            state.corrupt(&self.device, ResetReason::MapError);
         }
         state.seen = SlotState {
             // Handled where the generation ends.
             passthrough: state.seen.passthrough,
+            errors: state.seen.errors,
             ..seen
         };
         state.mark(&dirty);
+        state.tell(&self.device);
         if let Some(pin) = closed.pin() {
             // Its blocks are kept: one that stays is only marked again.
             pins::remove_tree(pin)?;
@@ -299,46 +319,13 @@ impl TrackedDevice {
     pub fn is_clean(&self) -> bool {
         let state = self.state();
         let seen = self.shared.slot_state(self.slot.id);
-        state.bitmap.is_clear()
-            && seen.whole_device == state.seen.whole_device
-            && seen.errors == state.seen.errors
+        // Doubt is looked for at the take.
+        state.bitmap.is_clear() && seen.whole_device == state.seen.whole_device
     }
 
     /// Hands the blocks of every period closed from now on to `watcher`, too.
     pub(super) fn add_watcher(&self, watcher: Weak<Mutex<DirtyBlocks>>) {
         self.state().watchers.add(watcher);
-    }
-
-    /// Ends the snapshot period of the change map. The caller has closed the bitmap's period at the instant, and
-    /// keeps writers away or proves that there were none. Nobody must be told of the take before [`Self::save`]
-    /// has kept it.
-    ///
-    /// # Errors
-    /// The map can't be made anew for the device's capacity.
-    pub fn take(&self) -> Result<(Taken, Option<Arc<ReadMap>>), TrackerError> {
-        let misses = self.shared.object().run_misses()?;
-        let mut state = self.state();
-        // What came up since the last look, and before this instant, must not slip by.
-        let passthrough = self.shared.slot_state(self.slot.id).passthrough;
-        if let Some(reason) = self.doubt(&state, Ok(misses)) {
-            state.map.corrupt(reason);
-        }
-        let taken = state
-            .map
-            .take(Generation::new(uuid::Uuid::new_v4()), self.device.capacity)
-            .map_err(|e| TrackerError::Map {
-                action: "take the map of",
-                slot: self.slot.id,
-                reason: e.to_string(),
-            })?;
-        if let Some(reason) = taken.reset {
-            tracing::warn!(device = %self.device.path.display(), reason = reason.code(), "the change map started over");
-            *state.resets.entry(reason).or_default() += 1;
-            state.misses = BTreeMap::from([(self.shared.programs, misses.steady)]);
-            state.seen.passthrough = passthrough;
-        }
-        state.unsaved = true;
-        Ok((taken, state.map.read_map()))
     }
 
     /// Runs `f` on the change map. Keep it short: the tracker's thread waits.
@@ -397,7 +384,7 @@ impl TrackedDevice {
         let mut state = self.state();
         let stopped = self.end_ledger(&mut state);
         if stopped.is_err() {
-            state.corrupt(ResetReason::MapError);
+            state.corrupt(&self.device, ResetReason::MapError);
         }
         stopped
     }
@@ -440,53 +427,6 @@ impl TrackedDevice {
         })
     }
 
-    /// Looks for reasons to doubt that the map is complete. A reason found ends the generation at the next take,
-    /// and is given.
-    pub fn check_doubt(&self) -> Option<ResetReason> {
-        let misses = self.shared.object().run_misses();
-        let mut state = self.state();
-        let found = self.doubt(&state, misses);
-        if let Some(reason) = found
-            && state.map.corrupted().is_none()
-        {
-            tracing::error!(device = %self.device.path.display(), reason = reason.code(),
-                "the change map may miss writes: the next backup must be a full one");
-            state.corrupt(reason);
-        }
-        state.map.corrupted()
-    }
-
-    fn doubt(&self, state: &State, misses: Result<RunMisses, TrackerError>) -> Option<ResetReason> {
-        match self.device.capacity_now() {
-            Ok(capacity) if capacity != self.device.capacity => return Some(ResetReason::Resized),
-            Ok(_) => {}
-            Err(DiskError::Replaced { .. }) => return Some(ResetReason::DeviceReplaced),
-            Err(error) => {
-                tracing::debug!(%error, "device gone");
-                return Some(ResetReason::DeviceReplaced);
-            }
-        }
-        match misses {
-            Ok(misses) if Some(&misses.steady) == state.misses.get(&self.shared.programs) => {}
-            Ok(_) => return Some(ResetReason::RunMissed),
-            Err(error) => {
-                tracing::warn!(%error, "can't tell whether the kernel skipped a tracking program");
-                return Some(ResetReason::RunMissed);
-            }
-        }
-        let seen = self.shared.slot_state(self.slot.id);
-        if seen.passthrough != state.seen.passthrough {
-            return Some(ResetReason::PassthroughWrite);
-        }
-        (seen.errors != state.seen.errors).then_some(ResetReason::MapError)
-    }
-
-    /// Declares that the map may miss changes.
-    pub fn corrupt(&self, reason: ResetReason) {
-        self.state().corrupt(reason);
-        self.save_if_needed();
-    }
-
     /// Capacity that the kernel reports now.
     ///
     /// # Errors
@@ -504,31 +444,19 @@ impl TrackedDevice {
             let mut object = self.shared.object();
             (object.counters(self.slot.id)?, object.run_misses()?)
         };
-        let ring_full = self.shared.slot_state(self.slot.id).ring_full - self.at_attach.ring_full;
+        let seen = self.shared.slot_state(self.slot.id);
         let state = self.state();
         Ok(DeviceCounters {
             ops: std::array::from_fn(|kind| counters.kinds[kind].ops),
             bytes: std::array::from_fn(|kind| counters.kinds[kind].bytes),
             records: counters.records,
-            ring_full,
+            ring_full: seen.ring_full - self.at_attach.ring_full,
+            passthrough: seen.passthrough - self.at_attach.passthrough,
             run_misses: misses.steady,
             dirty_blocks: state.map.dirty_blocks(),
+            doubts: state.doubts.counts.clone(),
             resets: state.resets.clone(),
         })
-    }
-
-    /// Reads the device past the page cache and looks whether the programs saw it.
-    pub(super) fn hook_is_alive(&self) -> Result<bool, TrackerError> {
-        let disk = self.device.disk_id.kernel_dev();
-        let before = self.shared.object().reads(disk)?;
-        probe::direct_read(&self.device).map_err(|source| TrackerError::Io {
-            action: format!(
-                "read {} directly for the self test",
-                self.device.disk_path.display()
-            ),
-            source,
-        })?;
-        Ok(self.shared.object().reads(disk)? > before)
     }
 
     /// Brings the change map up to what was queued until now. The period stays open.

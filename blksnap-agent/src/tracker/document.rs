@@ -9,13 +9,14 @@ use blksnap_common::track::{ABI_VERSION, Slot, SlotState};
 use serde::{Deserialize, Serialize};
 
 use crate::cbt::{CbtMap, ResetReason, SavedHeader};
+use crate::disk::presence::Presence;
 use crate::statefile::{self, Format, StateFileError};
 use crate::units::DeviceId;
 
 /// The form; a new one with every change of the maps, too.
 const FORMAT: Format = Format {
     name: "blksnap-device",
-    version: ABI_VERSION * 100 + 1,
+    version: ABI_VERSION * 100 + 2,
 };
 
 /// Where the kernel says which boot this is.
@@ -45,6 +46,10 @@ pub(super) struct Document {
     pub(super) at_attach: Vec<u64>,
     /// Skipped runs that this generation is not concerned by, by the number of the first program of each set.
     pub(super) misses: BTreeMap<u32, u64>,
+    /// What is known of the device, to tell it from another one in its place.
+    pub(super) presence: Option<Presence>,
+    /// Doubts that came up, by reason.
+    pub(super) doubts: BTreeMap<ResetReason, u64>,
     /// How often the map began anew, by reason.
     pub(super) resets: BTreeMap<ResetReason, u64>,
     /// The change map.

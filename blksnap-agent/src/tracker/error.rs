@@ -4,7 +4,9 @@ use std::io;
 
 use super::btf::BtfError;
 use super::pins::PinError;
+use crate::cbt::ResetReason;
 use crate::disk::DiskError;
+use crate::disk::dax::Dax;
 use crate::statefile::StateFileError;
 use crate::units::{DeviceId, UnitError};
 
@@ -65,6 +67,22 @@ pub enum TrackerError {
         "the tracepoint does not fire for {0}: its driver bypasses the block layer, or tracing is stopped; it can't be tracked"
     )]
     HookDead(String),
+    /// The device, or its medium, is another one than the one attached.
+    #[error("{device} can't be taken: {reason}; attach it again, and make a full backup")]
+    Lost {
+        /// The device.
+        device: String,
+        /// What became of it.
+        reason: ResetReason,
+    },
+    /// The device is written past the block layer.
+    #[error("{device} can't be tracked: {how}, and what is written so is not seen; mount it with dax=never")]
+    Dax {
+        /// The device.
+        device: String,
+        /// By what.
+        how: Dax,
+    },
     /// What outlives the agent.
     #[error(transparent)]
     Pin(#[from] PinError),

@@ -12,6 +12,7 @@ use blksnap_common::track::{GUARD_CONTROLLER, GUARD_FREE, GUARD_HIDDEN, GUARDS, 
 use super::TrackerError;
 use super::bitmap::one_line;
 use super::layout::KnownCommands;
+use crate::disk::presence::SYSFS;
 use crate::disk::stack::{Driver, Stack};
 use crate::units::DeviceId;
 
@@ -27,14 +28,11 @@ impl Guards {
         Ok(Self { map, known })
     }
 
-    /// Lets `slot` guard exactly what `device`, and all that is beneath it, is made of now.
-    pub(super) fn set(&mut self, slot: u32, device: DeviceId) -> Result<(), TrackerError> {
-        let wanted = entries(
-            &Stack::beneath(Path::new("/sys/dev/block"), device),
-            slot,
-            self.known,
-        );
-        self.replace(slot, wanted)
+    /// Lets `slot` guard exactly what `device`, and all that is beneath it, is made of now, and gives that.
+    pub(super) fn set(&mut self, slot: u32, device: DeviceId) -> Result<Stack, TrackerError> {
+        let stack = Stack::beneath(Path::new(SYSFS), device);
+        self.replace(slot, entries(&stack, slot, self.known))?;
+        Ok(stack)
     }
 
     /// Ends all guards of `slot`.

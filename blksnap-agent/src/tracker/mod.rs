@@ -28,6 +28,7 @@ mod object;
 mod pins;
 mod probe;
 pub mod record;
+pub mod selftest;
 #[cfg(test)]
 mod testing;
 mod watch;
@@ -61,7 +62,7 @@ use object::{Loaded, Object};
 const DRAIN_BUSY: Duration = Duration::from_millis(10);
 /// How often it is looked at while none do.
 const DRAIN_IDLE: Duration = Duration::from_millis(100);
-/// How often doubt is looked for.
+/// How often doubt is looked for, where nothing else is said.
 const DOUBT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How the tracker is set up.
@@ -73,6 +74,10 @@ pub struct TrackerConfig {
     pub btf: PathBuf,
     /// Where tracking goes on without this process; `None` if it ends with it.
     pub keep: Option<KeepConfig>,
+    /// How often doubt is looked for; it is at each take and before each answer anyway.
+    pub doubt_interval: Duration,
+    /// How often a device is read to see that the hook fires, where nothing else has shown it.
+    pub self_test_interval: Duration,
 }
 
 /// Where tracking goes on while no agent runs.
@@ -91,6 +96,8 @@ impl Default for TrackerConfig {
             ring_bytes: RING_BYTES,
             btf: PathBuf::from(KernelBtf::PATH),
             keep: None,
+            doubt_interval: DOUBT_INTERVAL,
+            self_test_interval: selftest::INTERVAL,
         }
     }
 }
@@ -202,14 +209,21 @@ impl Tracker {
             changing: Mutex::new(()),
             drain: Mutex::new(None),
         });
-        let weak = Arc::downgrade(&tracker);
-        let thread = thread::Builder::new()
-            .name("blksnap-drain".to_owned())
-            .spawn(move || drain(&weak, ring, logger))
-            .map_err(|source| TrackerError::Io {
-                action: "start the drain thread".to_owned(),
+        let start = |name: &str, body: Box<dyn FnOnce() + Send>| {
+            let started = thread::Builder::new().name(name.to_owned()).spawn(body);
+            started.map_err(|source| TrackerError::Io {
+                action: format!("start the thread {name}"),
                 source,
-            })?;
+            })
+        };
+        let (weak, doubt) = (Arc::downgrade(&tracker), config.doubt_interval);
+        let thread = start(
+            "blksnap-drain",
+            Box::new(move || drain(&weak, ring, logger, doubt)),
+        )?;
+        let (weak, interval) = (Arc::downgrade(&tracker), config.self_test_interval);
+        // Nobody waits for it: a device that does not answer may hold it up.
+        start("blksnap-test", Box::new(move || selftest::run(&weak, interval)))?;
         *tracker.drain.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(tracker)
     }
@@ -224,8 +238,21 @@ impl Tracker {
         granularity: Granularity,
     ) -> Result<Arc<TrackedDevice>, TrackerError> {
         let _changing = self.changing();
-        if self.device(device.id).is_some() {
-            return Err(TrackerError::Already(device.path.display().to_string()));
+        let mut instead = None;
+        for tracked in self.devices() {
+            if tracked.device().id != device.id && tracked.path() != &device.path {
+                continue;
+            }
+            tracked.check_doubt();
+            let Some(reason) = tracked.lost() else {
+                return Err(TrackerError::Already(device.path.display().to_string()));
+            };
+            // This one has its number or its name by now.
+            self.remove(&tracked)?;
+            instead = Some(reason);
+        }
+        if let Some(reason) = instead {
+            return self.attach_as(device, granularity, reason);
         }
         // One that was tracked until now, and can't be gone on with, begins anew for that reason.
         let began = self
@@ -258,8 +285,12 @@ impl Tracker {
     pub fn detach(&self, id: DeviceId) -> Result<(), TrackerError> {
         let _changing = self.changing();
         let tracked = self.device(id).ok_or(TrackerError::NotAttached(id))?;
+        self.remove(&tracked)
+    }
+
+    fn remove(&self, tracked: &TrackedDevice) -> Result<(), TrackerError> {
         tracked.detach()?;
-        self.write_devices(|devices| devices.retain(|device| device.device().id != id));
+        self.write_devices(|devices| devices.retain(|device| device.device().id != tracked.device().id));
         Ok(())
     }
 
@@ -270,13 +301,19 @@ impl Tracker {
     /// It is not attached, gone, or can't be attached anew.
     pub fn device_for_take(&self, id: DeviceId) -> Result<Arc<TrackedDevice>, TrackerError> {
         let tracked = self.device(id).ok_or(TrackerError::NotAttached(id))?;
+        tracked.check_doubt();
+        if let Some(reason) = tracked.lost() {
+            return Err(TrackerError::Lost {
+                device: tracked.device().path.display().to_string(),
+                reason,
+            });
+        }
         if tracked.capacity_now()? == tracked.device().capacity {
             return Ok(tracked);
         }
         let _changing = self.changing();
         let device = BlockDevice::open(&tracked.device().path)?;
-        tracked.detach()?;
-        self.write_devices(|devices| devices.retain(|device| device.device().id != id));
+        self.remove(&tracked)?;
         self.attach_as(
             device,
             Granularity::Fixed(tracked.block_size()),
@@ -347,9 +384,10 @@ fn drain(
     tracker: &Weak<Tracker>,
     mut ring: RingBuf<MapData>,
     mut logger: Option<aya_log::EbpfLogger<&'static dyn log::Log>>,
+    doubt_interval: Duration,
 ) {
     let mut interval = DRAIN_BUSY;
-    let mut next_doubt = Instant::now() + DOUBT_INTERVAL;
+    let mut next_doubt = Instant::now() + doubt_interval;
     let mut by_slot: Vec<Option<Arc<TrackedDevice>>> = Vec::new();
     while let Some(tracker) = tracker.upgrade() {
         by_slot.clear();
@@ -364,11 +402,7 @@ fn drain(
             && let Some(item) = ring.next()
         {
             records += 1;
-            if let Some(record) = record::decode(&item)
-                && let Some(Some(device)) = by_slot.get(record.slot as usize)
-            {
-                device.apply(&record);
-            }
+            hand_out(&item, &by_slot);
         }
         for device in &devices {
             device.catch_up();
@@ -377,8 +411,9 @@ fn drain(
             logger.flush();
         }
         if Instant::now() >= next_doubt {
-            next_doubt = Instant::now() + DOUBT_INTERVAL;
+            next_doubt = Instant::now() + doubt_interval;
             for device in &devices {
+                device.refresh_guards();
                 device.check_doubt();
                 device.save_if_needed();
             }
@@ -395,9 +430,79 @@ fn drain(
     }
 }
 
+/// Gives a record from the ring to its device. Anything that no program of ours writes is a reason to doubt what
+/// else is in that memory: of one device if it names one, of all otherwise.
+fn hand_out(bytes: &[u8], by_slot: &[Option<Arc<TrackedDevice>>]) {
+    let record = record::decode(bytes);
+    match record.map(|record| (by_slot.get(record.slot as usize), record)) {
+        Some((Some(Some(device)), record)) if record::is_sound(&record) => device.apply(&record),
+        Some((Some(Some(device)), _)) => device.corrupt(ResetReason::RingError),
+        // Of a device that was detached meanwhile.
+        Some((Some(None), _)) => {}
+        Some((None, _)) | None => {
+            for device in by_slot.iter().flatten() {
+                device.corrupt(ResetReason::RingError);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tracker::testing::TestLoop;
+
+    #[test]
+    fn what_is_no_record_is_a_reason_to_doubt() {
+        let record = |slot: u32, kind: u32, first: u64, last: u64, period: u64| -> Vec<u8> {
+            [period, first, last]
+                .iter()
+                .flat_map(|long| long.to_ne_bytes())
+                .chain([slot, kind].iter().flat_map(|short| short.to_ne_bytes()))
+                .collect()
+        };
+        // What it does to the device that it names, and to another one.
+        let given = |bytes: &dyn Fn(u32, u64) -> Vec<u8>| {
+            let tracker = Tracker::load(&TrackerConfig::default()).unwrap();
+            let disks = [TestLoop::new(1 << 20), TestLoop::new(1 << 20)];
+            let granularity = Granularity::Fixed(BlockSize::from_bytes(4096).unwrap());
+            let devices = disks
+                .each_ref()
+                .map(|disk| tracker.attach(disk.device(), granularity).unwrap());
+            let mut by_slot = vec![None; MAX_SLOTS as usize];
+            for device in &devices {
+                by_slot[device.slot_id() as usize] = Some(Arc::clone(device));
+            }
+            let slot = devices[0].slot_id();
+            let period = tracker.shared.slot_state(slot).period;
+            hand_out(&bytes(slot, period), &by_slot);
+            devices.map(|device| device.check_doubt())
+        };
+        let error = Some(ResetReason::RingError);
+        assert_eq!(given(&|slot, period| record(slot, 0, 3, 4, period)), [None, None]);
+        // Of a closed period, or of a slot that nobody has any more.
+        assert_eq!(
+            given(&|slot, period| record(slot, 0, 3, 4, period + 9)),
+            [None, None]
+        );
+        assert_eq!(given(&|_, period| record(200, 0, 3, 4, period)), [None, None]);
+        assert_eq!(
+            given(&|slot, period| record(slot, 6, 3, 4, period)),
+            [error, None]
+        );
+        assert_eq!(
+            given(&|slot, period| record(slot, 0, 4, 3, period)),
+            [error, None]
+        );
+        assert_eq!(
+            given(&|slot, period| record(slot, 0, 255, 256, period)),
+            [Some(ResetReason::OutOfRange), None]
+        );
+        // Whose it is can't be told.
+        assert_eq!(given(&|_, period| record(256, 0, 3, 4, period)), [error, error]);
+        assert_eq!(given(&|_, _| vec![0; 31]), [error, error]);
+        assert_eq!(given(&|_, _| Vec::new()), [error, error]);
+    }
 
     #[test]
     fn the_kernel_refuses_programs_with_wrong_offsets() {

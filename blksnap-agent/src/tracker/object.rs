@@ -428,13 +428,26 @@ impl Object {
 
     /// Reads seen on `disk`.
     pub(super) fn reads(&self, disk: u32) -> Result<u64, TrackerError> {
-        let Some(slots) = self.table.get(&disk) else {
-            return Ok(0);
-        };
-        slots.slots[..slots.count as usize]
+        self.slots_of(disk)
             .iter()
             .map(|slot| Ok(self.counters(slot.id)?.reads))
             .sum()
+    }
+
+    /// Reads of `disk` and operations on its slots that were seen.
+    pub(super) fn events(&self, disk: u32) -> Result<u64, TrackerError> {
+        let mut events = 0;
+        for slot in self.slots_of(disk) {
+            let counters = self.counters(slot.id)?;
+            events += counters.reads + counters.kinds.iter().map(|kind| kind.ops).sum::<u64>();
+        }
+        Ok(events)
+    }
+
+    fn slots_of(&self, disk: u32) -> &[Slot] {
+        self.table
+            .get(&disk)
+            .map_or(&[], |slots| &slots.slots[..slots.count as usize])
     }
 
     /// Events that the programs were skipped for: `recursion_misses` of their fdinfo (`bpf_prog_show_fdinfo` in

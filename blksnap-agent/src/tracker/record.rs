@@ -4,7 +4,7 @@
 //! The bytes come from a program of ours, but through memory that others could have damaged: anything that is not
 //! a record is `None`, and a record that names blocks past the end corrupts the map rather than being cut to size.
 
-use blksnap_common::track::Record;
+use blksnap_common::track::{OP_KINDS, Record};
 
 use crate::cbt::CbtMap;
 
@@ -30,6 +30,13 @@ pub fn decode(bytes: &[u8]) -> Option<Record> {
         slot: short(24),
         kind: short(28),
     })
+}
+
+/// Whether the programs write such a record: a kind that there is, and blocks in order. Blocks past the end of the
+/// map are found when they are marked.
+#[must_use]
+pub fn is_sound(record: &Record) -> bool {
+    (record.kind as usize) < OP_KINDS && record.first_block <= record.last_block
 }
 
 /// Marks the blocks of a record in the map of its slot, whose open bitmap has number `period`. A record of another

@@ -8,7 +8,7 @@ use blksnap_common::track::OpKind;
 
 use super::super::errors::Tell as _;
 use super::{Agent, Purpose};
-use crate::cbt::{Base, CbtMap, ChangedReport, FullReason};
+use crate::cbt::{Base, CbtMap, ChangedReport, FullReason, ResetReason};
 use crate::control::api;
 use crate::control::error::{ApiError, Code};
 use crate::tracker::{Granularity, MarkError, TrackedDevice};
@@ -66,6 +66,15 @@ impl Agent {
         let device = tracked.device();
         let path = device.path.display().to_string();
         let action = format!("show {path}");
+        tracked.refresh();
+        tracked.check_doubt();
+        let lost = tracked.lost();
+        let by_reason = |counts: &BTreeMap<ResetReason, u64>| -> BTreeMap<String, u64> {
+            counts
+                .iter()
+                .map(|(reason, count)| (reason.code().to_owned(), *count))
+                .collect()
+        };
         let counters = tracked.counters().map_err(|error| error.tell(&action))?;
         let by_kind = |values: [u64; _]| -> BTreeMap<String, u64> {
             OpKind::ALL
@@ -74,8 +83,11 @@ impl Agent {
                 .zip(values)
                 .collect()
         };
-        // A device that is gone has no mounts that could be found.
-        let mounts = device.mounts().unwrap_or_default();
+        // A device that is gone has no mounts; those of another one with its number are not its own.
+        let mounts = match lost {
+            None => device.mounts().unwrap_or_default(),
+            Some(_) => Vec::new(),
+        };
         Ok(api::DeviceStatus {
             name: device.name.clone(),
             id: device.id,
@@ -88,6 +100,7 @@ impl Agent {
                     fs_type: mount.fs_type,
                 })
                 .collect(),
+            lost,
             cbt: Self::cbt_of(tracked),
             counters: api::Counters {
                 operations: by_kind(counters.ops),
@@ -95,11 +108,9 @@ impl Agent {
                 ring_records: counters.records,
                 ring_full: counters.ring_full,
                 run_misses: counters.run_misses,
-                resets: counters
-                    .resets
-                    .iter()
-                    .map(|(reason, count)| (reason.code().to_owned(), *count))
-                    .collect(),
+                passthrough: counters.passthrough,
+                doubts: by_reason(&counters.doubts),
+                resets: by_reason(&counters.resets),
             },
             device: path,
         })

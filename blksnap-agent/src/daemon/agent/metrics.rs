@@ -56,6 +56,17 @@ impl Agent {
                         .zip(counters.bytes)
                         .map(|((kind, operations), bytes)| (kind.label(), operations, bytes))
                         .collect(),
+                    lost: device.lost().is_some(),
+                    passthrough: counters.passthrough,
+                    doubts: ResetReason::ALL
+                        .iter()
+                        .map(|reason| {
+                            (
+                                reason.code(),
+                                counters.doubts.get(reason).copied().unwrap_or_default(),
+                            )
+                        })
+                        .collect(),
                     resets: ResetReason::ALL
                         .iter()
                         .map(|reason| {

@@ -80,13 +80,28 @@ impl Agent {
 
     /// The tracked device at `path`.
     fn tracked(&self, path: &str, action: &str) -> Result<Arc<TrackedDevice>, ApiError> {
-        let device = Self::open(path, action)?;
-        self.tracker.device(device.id).ok_or_else(|| {
-            ApiError::new(
+        let opened = Self::open(path, action);
+        let known = opened
+            .as_ref()
+            .ok()
+            .and_then(|device| self.tracker.device(device.id));
+        // One that is gone is known by its path.
+        let lost = || {
+            self.tracker
+                .devices()
+                .into_iter()
+                .find(|device| device.path() == Path::new(path) && device.check_doubt().is_some())
+                .filter(|device| device.lost().is_some())
+        };
+        if let Some(device) = known.or_else(lost) {
+            return Ok(device);
+        }
+        opened.and_then(|_| {
+            Err(ApiError::new(
                 Code::NotAttached,
                 format!("{action} {path}: it is not tracked"),
                 format!("attach it with `blksnap-agent attach {path}`"),
-            )
+            ))
         })
     }
 

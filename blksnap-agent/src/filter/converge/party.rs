@@ -70,6 +70,8 @@ impl Party {
     /// Ends a generation that is in doubt, so that a new reason to doubt can be told from the old one.
     fn end_doubt(&mut self) -> Result<(), ConvergeError> {
         if self.initial == Initial::All && self.device.doubt().is_some() {
+            // What is in the open period is of that generation, and may be what the doubt is about.
+            self.close()?;
             let (taken, _) = self.device.take()?;
             self.reset = self.reset.or(taken.reset);
         }

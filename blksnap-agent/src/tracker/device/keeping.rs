@@ -12,9 +12,11 @@ use super::super::document::{self, Document, SavedSlot};
 use super::super::keep::{self, Keep};
 use super::super::watch::Watchers;
 use super::super::{Shared, TrackerError, pins};
+use super::doubt::{self, Doubts};
 use super::{State, TrackedDevice};
 use crate::cbt::ResetReason;
 use crate::disk::BlockDevice;
+use crate::disk::presence::{Change, Presence, SYSFS};
 
 /// A slot that can't be gone on with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +58,7 @@ impl TrackedDevice {
         };
         let mut device = BlockDevice::open(&document.path).map_err(|error| {
             tracing::warn!(%error, "a tracked device is gone");
-            lost(ResetReason::DeviceReplaced)
+            lost(ResetReason::DeviceGone)
         })?;
         if device.id != document.device
             || device.diskseq != document.diskseq
@@ -65,14 +67,23 @@ impl TrackedDevice {
         {
             return Err(lost(ResetReason::DeviceReplaced));
         }
+        let presence = Presence::look(Path::new(SYSFS), &device);
+        let change = match (&presence, &document.presence) {
+            (Some(now), Some(before)) => now.change_since(before),
+            _ => Some(Change::Gone),
+        };
+        if let Some(reason) = change.and_then(doubt::reason_to_lose) {
+            return Err(lost(reason));
+        }
         // As attached: whoever looks for doubt compares it with what the kernel says.
         device.capacity = map.capacity();
         let block_size = map.block_size();
         let blocks = block_size.blocks_in(device.capacity);
-        let (found, open, table, sets) = (|| {
+        let told = map.corrupted();
+        let (found, open, table, sets, stack) = (|| {
             let mut object = shared.object();
             // What the device is made of may have changed.
-            object.guards.set(slot.id, device.id)?;
+            let stack = object.guards.set(slot.id, device.id)?;
             let open = Bitmap::open(object.open_bitmap(slot.id)?, slot.id, blocks)?;
             let pins = object
                 .pins()
@@ -87,7 +98,13 @@ impl TrackedDevice {
                     map.mark_blocks(first, last);
                 }
             }
-            Ok::<_, TrackerError>((found, open, object.bitmap_table()?, object.misses_by_set()?))
+            Ok::<_, TrackerError>((
+                found,
+                open,
+                object.bitmap_table()?,
+                object.misses_by_set()?,
+                stack,
+            ))
         })()
         .map_err(|error| {
             tracing::warn!(
@@ -129,6 +146,8 @@ impl TrackedDevice {
                 misses: sets.into_iter().filter_map(|(set, n)| Some((set, n?))).collect(),
                 keep: Some(found.keep),
                 unsaved: true,
+                // As attached, for the same reason as the capacity.
+                doubts: Doubts::adopted(document.presence, stack, told, document.doubts),
                 resets: document.resets,
                 watchers: Watchers::default(),
             }),
@@ -174,6 +193,8 @@ impl TrackedDevice {
             seen: document::numbers(&state.seen),
             at_attach: document::numbers(&self.at_attach),
             misses: state.misses.clone(),
+            doubts: state.doubts.counts.clone(),
+            presence: state.doubts.presence.clone(),
             resets: state.resets.clone(),
             map: header,
         };
