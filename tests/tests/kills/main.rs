@@ -372,5 +372,10 @@ fn an_agent_killed_at_random_points_misses_no_block() -> Result<()> {
         tally.extents + tally.full.values().sum::<u32>() == kills,
         "{tally:?}"
     );
+    ensure!(tally.blocks > u64::from(kills), "nobody wrote: {tally:?}");
+    // A generation that ends loses nothing, but it costs a full backup.
+    ensure!(tally.extents * 100 >= kills * SURVIVE, "{tally:?}");
+    let (compared, incremental) = tally.compared;
+    ensure!(incremental * 2 >= compared || compared < 2, "{tally:?}");
     Ok(())
 }
