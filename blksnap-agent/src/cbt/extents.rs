@@ -124,7 +124,11 @@ impl ChangedExtents {
         let block = usize::try_from(offset >> self.shift).unwrap_or(usize::MAX);
         if block >= self.base.saturating_add(64) || self.mask == 0 {
             self.mask = 0;
-            self.next = block.clamp(self.next, self.map.bytes().len().max(self.next));
+            // Scanning goes by 64 blocks.
+            self.next = (block / 64 * 64).max(self.next);
+            if self.load() && block > self.base {
+                self.mask &= u64::MAX << (block % 64);
+            }
         } else if block > self.base {
             self.mask &= u64::MAX << (block - self.base);
         }
@@ -134,10 +138,10 @@ impl ChangedExtents {
     /// Loads the mask of the next 64 blocks; false at the end of the map.
     #[inline]
     fn load(&mut self) -> bool {
-        let bytes = self.map.bytes();
-        let Some(rest) = bytes.get(self.next..).filter(|rest| !rest.is_empty()) else {
+        let rest = self.map.blocks().rest_of_piece(self.next);
+        if rest.is_empty() {
             return false;
-        };
+        }
         self.base = self.next;
         self.mask = if let Some(blocks) = rest.first_chunk::<64>() {
             self.next += 64;

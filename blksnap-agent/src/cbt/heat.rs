@@ -8,6 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::CbtInfo;
+use super::blocks::Blocks;
 use super::reason::ResetReason;
 use crate::units::Generation;
 
@@ -69,9 +70,9 @@ pub struct Bucket {
 }
 
 impl Heat {
-    /// The heat of a map with `active` as the open period, whose bytes come in `pieces`, in at most `most` buckets
-    /// (1 to [`MAX_BUCKETS`]).
-    pub fn new<'a>(info: &CbtInfo, active: u8, pieces: impl Iterator<Item = &'a [u8]>, most: u64) -> Self {
+    /// The heat of a map with `active` as the open period, in at most `most` buckets (1 to [`MAX_BUCKETS`]).
+    #[must_use]
+    pub fn new(info: &CbtInfo, active: u8, blocks: &Blocks, most: u64) -> Self {
         let most = most.clamp(1, MAX_BUCKETS);
         let mut shift = 0;
         while info.block_count.div_ceil(1 << shift) > most {
@@ -79,7 +80,7 @@ impl Heat {
         }
         let mut ages = ages(active);
         let mut counter = Counter::new(info, 1 << shift, &ages);
-        for piece in pieces {
+        for piece in blocks.pieces() {
             counter.count(piece);
         }
         let buckets = counter.finish();
@@ -247,7 +248,7 @@ mod tests {
 
     #[test]
     fn a_device_without_blocks_has_no_buckets() {
-        let heat = Heat::new(&info(0, 0), 1, std::iter::empty(), 10);
+        let heat = Heat::new(&info(0, 0), 1, &Blocks::default(), 10);
         assert_eq!((heat.buckets.len(), heat.unchanged_blocks), (0, 0));
     }
 
@@ -257,7 +258,6 @@ mod tests {
             seed in prop::collection::vec((any::<u8>(), 1..40_usize), 0..30),
             active in 1..=255_u8,
             most in 0..100_u64,
-            piece in 1..50_usize,
             short in 0..8_u64,
         ) {
             let bytes: Vec<u8> = seed
@@ -266,7 +266,7 @@ mod tests {
                 .chain([active])
                 .collect();
             let info = info(bytes.len() as u64, short);
-            let heat = Heat::new(&info, active, bytes.chunks(piece), most);
+            let heat = Heat::new(&info, active, &Blocks::from(bytes.clone()), most);
 
             prop_assert!(heat.buckets.len() as u64 <= most.max(1));
             prop_assert!((heat.bucket_size / 4096).is_power_of_two());

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
-use super::heat::Heat;
+use super::blocks::Blocks;
 use super::read_map::ReadMap;
 use super::reason::{FullNeeded, FullReason, ResetReason};
 use crate::units::{BlockSize, Generation, Sectors};
@@ -84,7 +84,7 @@ pub struct CbtMap {
     pub(super) block_size: BlockSize,
     pub(super) capacity: Sectors,
     pub(super) active: u8,
-    pub(super) bytes: Vec<u8>,
+    pub(super) blocks: Blocks,
     pub(super) dirty: u64,
     pub(super) read: Option<Arc<ReadMap>>,
     pub(super) doubt: Arc<OnceLock<ResetReason>>,
@@ -112,14 +112,14 @@ impl CbtMap {
         block_size: BlockSize,
         capacity: Sectors,
     ) -> Result<Self, MapError> {
-        let bytes = vec![0; block_count(block_size, capacity)?];
+        let blocks = Blocks::unchanged(block_count(block_size, capacity)?);
         Ok(Self {
             generation,
             began,
             block_size,
             capacity,
             active: FIRST_PERIOD,
-            bytes,
+            blocks,
             dirty: 0,
             read: None,
             doubt: Arc::default(),
@@ -167,7 +167,7 @@ impl CbtMap {
     /// Number of tracking blocks.
     #[must_use]
     pub fn block_count(&self) -> u64 {
-        self.bytes.len() as u64
+        self.blocks.len() as u64
     }
 
     /// Number of blocks that changed in the open period.
@@ -208,7 +208,7 @@ impl CbtMap {
         }
         if first < count {
             let (first, last) = (index(first), index(last.min(count - 1)));
-            self.dirty += mark(&mut self.bytes[first..=last], self.active);
+            self.dirty += self.blocks.mark(first, last, self.active);
         }
     }
 
@@ -230,28 +230,7 @@ impl CbtMap {
     /// Marks a write to every block whose bit is set: bit `b` of word `w` is block 64 `w` + `b`. Bits past the end
     /// corrupt the map.
     pub fn mark_bits(&mut self, words: &[u64]) {
-        let active = self.active;
-        let mut dirty = 0;
-        let mut beyond = false;
-        let mut chunks = self.bytes.chunks_mut(64);
-        for word in words {
-            let chunk = chunks.next().unwrap_or_default();
-            match *word {
-                0 => {}
-                u64::MAX if chunk.len() == 64 => dirty += mark(chunk, active),
-                mut bits => {
-                    while bits != 0 {
-                        if let Some(byte) = chunk.get_mut(bits.trailing_zeros() as usize) {
-                            dirty += u64::from(*byte != active);
-                            *byte = active;
-                        } else {
-                            beyond = true;
-                        }
-                        bits &= bits - 1;
-                    }
-                }
-            }
-        }
+        let (dirty, beyond) = self.blocks.mark_bits(words, self.active);
         self.dirty += dirty;
         if beyond {
             self.corrupt(ResetReason::OutOfRange);
@@ -274,9 +253,7 @@ impl CbtMap {
         if let Some(read) = &mut self.read {
             let read = Arc::make_mut(read);
             let number = read.number;
-            if let Some(bytes) = read.bytes.get_mut(index(first)..=index(last)) {
-                bytes.fill(number);
-            }
+            read.blocks.mark(index(first), index(last), number);
         }
         Ok(())
     }
@@ -317,15 +294,10 @@ impl CbtMap {
         }
     }
 
-    /// Where and how recently the device changed, in at most `most` buckets. A doubtful map says so in it.
+    /// The bytes: cheap to copy.
     #[must_use]
-    pub fn heat(&self, most: u64) -> Heat {
-        Heat::new(
-            &self.info(),
-            self.active,
-            std::iter::once(self.bytes.as_slice()),
-            most,
-        )
+    pub const fn blocks(&self) -> &Blocks {
+        &self.blocks
     }
 
     /// Closes the period: its number becomes the number of this take, the map is copied to the read map, and a new
@@ -349,8 +321,7 @@ impl CbtMap {
         if let Some(reason) = reset {
             let count = block_count(self.block_size, capacity_now).inspect_err(|_| self.corrupt(reason))?;
             self.capacity = capacity_now;
-            self.bytes.clear();
-            self.bytes.resize(count, 0);
+            self.blocks = Blocks::unchanged(count);
             self.generation = fresh;
             self.began = reason;
             self.active = FIRST_PERIOD;
@@ -361,22 +332,12 @@ impl CbtMap {
         let number = self.active;
         self.active += 1;
         self.dirty = 0;
-        self.freeze(number);
+        self.read = Some(Arc::new(self.freeze_as(number)));
         Ok(Taken {
             number,
             generation: self.generation,
             reset,
         })
-    }
-
-    /// Makes the read map; its memory is used again where nobody holds the one before.
-    fn freeze(&mut self, number: u8) {
-        if let Some(read) = self.read.as_mut().and_then(Arc::get_mut) {
-            read.number = number;
-            read.bytes.copy_from_slice(&self.bytes);
-        } else {
-            self.read = Some(Arc::new(self.freeze_as(number)));
-        }
     }
 
     fn freeze_as(&self, number: u8) -> ReadMap {
@@ -386,7 +347,7 @@ impl CbtMap {
             began: self.began,
             block_size: self.block_size,
             capacity: self.capacity,
-            bytes: self.bytes.clone(),
+            blocks: self.blocks.clone(),
             doubt: Arc::clone(&self.doubt),
         }
     }
@@ -414,15 +375,6 @@ impl CbtMap {
                 capacity: self.capacity.count(),
             })
     }
-}
-
-/// Sets `bytes` to `number` and counts those that were not.
-fn mark(bytes: &mut [u8], number: u8) -> u64 {
-    let fresh = bytes.iter().filter(|byte| **byte != number).count() as u64;
-    if fresh != 0 {
-        bytes.fill(number);
-    }
-    fresh
 }
 
 /// The blocks of a map, checked against its limit.

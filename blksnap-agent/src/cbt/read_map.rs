@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use serde::{Deserialize, Serialize};
 
 use super::CbtInfo;
+use super::blocks::Blocks;
 use super::extents::{ChangedExtents, Condition};
 use super::reason::{FullNeeded, FullReason, ResetReason};
 use crate::units::{BlockSize, Generation, Sectors};
@@ -36,7 +37,7 @@ pub struct ReadMap {
     pub(super) began: ResetReason,
     pub(super) block_size: BlockSize,
     pub(super) capacity: Sectors,
-    pub(super) bytes: Vec<u8>,
+    pub(super) blocks: Blocks,
     pub(super) doubt: Arc<OnceLock<ResetReason>>,
 }
 
@@ -86,7 +87,7 @@ impl ReadMap {
         CbtInfo {
             device_capacity: self.capacity.bytes(),
             block_size: self.block_size.bytes(),
-            block_count: self.bytes.len() as u64,
+            block_count: self.blocks.len() as u64,
             generation: self.generation,
             changes_number: self.number,
             dirty_blocks: 0,
@@ -97,8 +98,8 @@ impl ReadMap {
 
     /// A byte per block: the number of the period in which it last changed, 0 for never in this generation.
     #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+    pub const fn blocks(&self) -> &Blocks {
+        &self.blocks
     }
 
     /// What makes the map unreliable, if anything.

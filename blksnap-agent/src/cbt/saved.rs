@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
+use super::blocks::Blocks;
 use super::map::{FIRST_PERIOD, block_count};
 use super::read_map::ReadMap;
 use super::reason::ResetReason;
@@ -35,22 +36,22 @@ pub struct SavedHeader {
     pub read: Option<u8>,
 }
 
-/// A map as it is saved, its bytes borrowed.
+/// A map as it is saved, its bytes shared with it.
 #[derive(Clone, Debug)]
-pub struct SavedMap<'a> {
+pub struct SavedMap {
     /// The header.
     pub header: SavedHeader,
     /// A byte per block of the live map.
-    pub bytes: &'a [u8],
+    pub bytes: Blocks,
     /// A byte per block of the read map, if there is one.
-    pub read: Option<&'a [u8]>,
+    pub read: Option<Blocks>,
 }
 
-impl<'a> SavedMap<'a> {
+impl SavedMap {
     /// The bytes in the order in which they are stored: the live map, then the read map if there is one.
     #[must_use]
-    pub fn sections(&self) -> Vec<&'a [u8]> {
-        std::iter::once(self.bytes).chain(self.read).collect()
+    pub fn sections(&self) -> Vec<Blocks> {
+        std::iter::once(&self.bytes).chain(&self.read).cloned().collect()
     }
 }
 
@@ -69,9 +70,9 @@ pub enum RestoreError {
 }
 
 impl CbtMap {
-    /// The map to be saved.
+    /// The map to be saved, as it is now: whatever becomes of this one while it is written.
     #[must_use]
-    pub fn save(&self) -> SavedMap<'_> {
+    pub fn save(&self) -> SavedMap {
         SavedMap {
             header: SavedHeader {
                 generation: self.generation,
@@ -82,8 +83,8 @@ impl CbtMap {
                 corrupted: self.corrupted(),
                 read: self.read.as_ref().map(|read| read.number),
             },
-            bytes: &self.bytes,
-            read: self.read.as_ref().map(|read| read.bytes()),
+            bytes: self.blocks.clone(),
+            read: self.read.as_ref().map(|read| read.blocks.clone()),
         }
     }
 
@@ -118,6 +119,7 @@ impl CbtMap {
         }
         let doubt: Arc<OnceLock<ResetReason>> =
             Arc::new(header.corrupted.map_or_else(OnceLock::new, OnceLock::from));
+        let blocks = Blocks::from(bytes);
         let read = match read {
             Some(read) => {
                 if read.len() != count {
@@ -126,31 +128,33 @@ impl CbtMap {
                 // A block is as it was at the take, or was marked since.
                 let changed = read
                     .iter()
-                    .zip(&bytes)
-                    .any(|(read, live)| *read > previous || (*live != *read && *live != header.active));
+                    .zip(blocks.iter())
+                    .any(|(read, live)| *read > previous || (live != *read && live != header.active));
                 if changed {
                     return wrong("the read map is not of this map");
                 }
+                let mut read = Blocks::from(read);
+                read.share(&blocks);
                 Some(Arc::new(ReadMap {
                     generation: header.generation,
                     number: previous,
                     began: header.began,
                     block_size,
                     capacity: header.capacity,
-                    bytes: read,
+                    blocks: read,
                     doubt: Arc::clone(&doubt),
                 }))
             }
             None => None,
         };
-        let dirty = bytes.iter().filter(|byte| **byte == header.active).count() as u64;
+        let dirty = blocks.iter().filter(|byte| *byte == header.active).count() as u64;
         Ok(Self {
             generation: header.generation,
             began: header.began,
             block_size,
             capacity: header.capacity,
             active: header.active,
-            bytes,
+            blocks,
             dirty,
             read,
             doubt,

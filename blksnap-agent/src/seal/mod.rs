@@ -38,7 +38,7 @@ pub use decide::{Doubt, Evidence, decide};
 pub use record::{Record, SavedGranularity, StateDirectory};
 pub use shutdown::SealPolicy;
 
-use crate::cbt::{CbtInfo, CbtMap, ResetReason, SavedHeader, SavedMap};
+use crate::cbt::{Blocks, CbtInfo, CbtMap, ResetReason, SavedHeader, SavedMap};
 use crate::disk::{BlockDevice, DeviceIdentity, Difference, DirectReader, DiskError};
 use crate::statefile::StateFileError;
 use crate::units::{BlockSize, DeviceId};
@@ -418,8 +418,8 @@ impl Seals {
         };
         let parts = SavedMap {
             header: map,
-            bytes,
-            read: sections.get(1).map(Vec::as_slice),
+            bytes: Blocks::from(bytes.to_vec()),
+            read: sections.get(1).cloned().map(Blocks::from),
         };
         self.state.write_seal(&header, &parts)?;
         // What was written while this went on is in the map of the tracker or in the counters.

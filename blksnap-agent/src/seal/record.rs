@@ -223,7 +223,7 @@ impl StateDirectory {
     ///
     /// # Errors
     /// The directory can't be written.
-    pub fn write_seal(&self, header: &SealHeader, map: &SavedMap<'_>) -> Result<(), StateFileError> {
+    pub fn write_seal(&self, header: &SealHeader, map: &SavedMap) -> Result<(), StateFileError> {
         let path = self.file(header.record.name, SEAL_SUFFIX);
         statefile::write_sections(&path, SEAL, header, &map.sections())
     }

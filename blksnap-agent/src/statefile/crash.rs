@@ -268,7 +268,9 @@ impl Form {
         let (path, content) = (path(), content(number));
         match self {
             Self::Json => write_to(files, &path, FORMAT, &content),
-            Self::Sections => write_sections_to(files, &path, FORMAT, &content, &[&section(number), &[]]),
+            Self::Sections => {
+                write_sections_to(files, &path, FORMAT, &content, &[section(number).as_slice(), &[]])
+            }
         }
         .is_ok()
     }

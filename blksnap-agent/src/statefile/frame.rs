@@ -20,6 +20,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::Format;
+use crate::cbt::Blocks;
 
 /// First bytes of every frame. The first one is no ASCII and the last one ends text, so that nobody takes it for
 /// text.
@@ -125,15 +126,43 @@ fn damaged(why: impl Into<String>) -> FrameError {
     FrameError::Damaged(why.into())
 }
 
+/// The bytes of a section, in order and in as many parts as they are kept in.
+pub trait Section {
+    /// How many bytes.
+    fn length(&self) -> u64;
+    /// The bytes.
+    fn parts(&self) -> impl Iterator<Item = &[u8]>;
+}
+
+impl Section for &[u8] {
+    fn length(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn parts(&self) -> impl Iterator<Item = &[u8]> {
+        std::iter::once(*self)
+    }
+}
+
+impl Section for Blocks {
+    fn length(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn parts(&self) -> impl Iterator<Item = &[u8]> {
+        self.pieces()
+    }
+}
+
 /// Writes a frame.
 ///
 /// # Errors
 /// `out` fails, or something is longer than a frame can hold.
-pub fn encode<H: Serialize>(
+pub fn encode<H: Serialize, S: Section>(
     out: impl Write,
     format: Format,
     header: &H,
-    sections: &[&[u8]],
+    sections: &[S],
 ) -> io::Result<()> {
     let too_long =
         |what: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("the {what} is too long"));
@@ -146,7 +175,7 @@ pub fn encode<H: Serialize>(
         .ok()
         .filter(|_| sections.len() <= MAX_SECTIONS)
         .ok_or_else(|| too_long("list of sections"))?;
-    if sections.iter().any(|section| section.len() as u64 > MAX_SECTION) {
+    if sections.iter().any(|section| section.length() > MAX_SECTION) {
         return Err(too_long("section"));
     }
     let mut name = [0; NAME];
@@ -166,16 +195,31 @@ pub fn encode<H: Serialize>(
     out.put_checked(&head)?;
     let lengths: Vec<u8> = sections
         .iter()
-        .flat_map(|section| (section.len() as u64).to_le_bytes())
+        .flat_map(|section| section.length().to_le_bytes())
         .collect();
     out.put_checked(&lengths)?;
     out.put_checked(&header)?;
     let mut packed = vec![0; lz4_flex::block::get_maximum_output_size(BLOCK)];
+    let mut block = Vec::with_capacity(BLOCK);
     for section in sections {
-        for block in section.chunks(BLOCK) {
-            put_block(&mut out, block, &mut packed)?;
+        let mut sum = 0;
+        block.clear();
+        for mut part in section.parts() {
+            sum = crc32c::crc32c_append(sum, part);
+            while !part.is_empty() {
+                let (now, rest) = part.split_at(part.len().min(BLOCK - block.len()));
+                block.extend_from_slice(now);
+                part = rest;
+                if block.len() == BLOCK {
+                    put_block(&mut out, &block, &mut packed)?;
+                    block.clear();
+                }
+            }
         }
-        out.put(&crc32c::crc32c(section).to_le_bytes())?;
+        if !block.is_empty() {
+            put_block(&mut out, &block, &mut packed)?;
+        }
+        out.put(&sum.to_le_bytes())?;
     }
     let sum = out.sum;
     out.put(&sum.to_le_bytes())

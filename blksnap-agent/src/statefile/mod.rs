@@ -24,7 +24,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use frame::FrameError;
+use frame::{FrameError, Section};
 use place::{Files, System};
 
 /// Longest state file that is read, in bytes.
@@ -131,21 +131,21 @@ fn write_to<F: Files, T: Serialize>(
 ///
 /// # Errors
 /// As [`write()`], or something is longer than a frame can hold.
-pub fn write_sections<H: Serialize>(
+pub fn write_sections<H: Serialize, S: Section>(
     path: &Path,
     format: Format,
     header: &H,
-    sections: &[&[u8]],
+    sections: &[S],
 ) -> Result<(), StateFileError> {
     write_sections_to(&System, path, format, header, sections)
 }
 
-fn write_sections_to<F: Files, H: Serialize>(
+fn write_sections_to<F: Files, H: Serialize, S: Section>(
     files: &F,
     path: &Path,
     format: Format,
     header: &H,
-    sections: &[&[u8]],
+    sections: &[S],
 ) -> Result<(), StateFileError> {
     place::place(files, path, |file| {
         let mut out = BufWriter::with_capacity(1 << 16, file);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use blksnap_common::track::{ABI_VERSION, Slot, SlotState};
 use serde::{Deserialize, Serialize};
 
-use crate::cbt::{CbtMap, ResetReason, SavedHeader};
+use crate::cbt::{Blocks, CbtMap, ResetReason, SavedHeader};
 use crate::disk::presence::Presence;
 use crate::statefile::{self, Format, StateFileError};
 use crate::units::DeviceId;
@@ -79,7 +79,7 @@ impl From<&Slot> for SavedSlot {
 
 impl Document {
     /// Writes it with the map's bytes.
-    pub(super) fn write(&self, path: &Path, sections: &[&[u8]]) -> Result<(), StateFileError> {
+    pub(super) fn write(&self, path: &Path, sections: &[Blocks]) -> Result<(), StateFileError> {
         statefile::write_sections(path, FORMAT, self, sections)
     }
 

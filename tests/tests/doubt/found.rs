@@ -240,7 +240,7 @@ fn numbers_that_ran_out() -> Result<()> {
     ensure!(taken.generation != generation);
     // The read map is of the new generation: nothing of the old one is left in it.
     let map = map.context("a map")?;
-    ensure!(map.bytes().iter().all(|byte| *byte <= 1));
+    ensure!(map.blocks().iter().all(|byte| byte <= 1));
     let full = map.changed_since(&old.base());
     ensure!(full.is_err_and(|full| full.reason.code() == "wrapped"));
     // No doubt: what is of the old generation is still right.

@@ -115,12 +115,12 @@ fn check(model: &Model, map: &CbtMap, taken: &TakenModel, base: &TakenModel) -> 
     } else {
         prop_assert_eq!(since, Ok(extents_of(taken, |last| last > base.period)));
     }
-    prop_assert!(map.bytes.iter().all(|byte| *byte <= map.active));
+    prop_assert!(map.blocks.iter().all(|byte| byte <= map.active));
     Ok(())
 }
 
 fn apply(model: &mut Model, map: &mut CbtMap, op: &Op, fresh: &mut u128) -> Result<(), TestCaseError> {
-    let before = map.bytes.clone();
+    let before = map.blocks.clone();
     match op {
         Op::Blocks(first, last) => {
             map.mark_blocks(*first, *last);
@@ -205,7 +205,7 @@ fn apply(model: &mut Model, map: &mut CbtMap, op: &Op, fresh: &mut u128) -> Resu
         }
         Op::Resize(capacity) => model.capacity_now = *capacity,
     }
-    prop_assert!(before.iter().zip(&map.bytes).all(|(old, new)| old <= new));
+    prop_assert!(before.iter().zip(map.blocks.iter()).all(|(old, new)| old <= new));
     Ok(())
 }
 
@@ -273,6 +273,7 @@ proptest! {
         runs in prop::collection::vec((any::<u8>(), prop_oneof![1..4_usize, 1..150_usize]), 0..40),
         number in any::<u8>(),
         short in 0..8_u64,
+        skips in prop::collection::vec(any::<u64>(), 5),
     ) {
         let bytes: Vec<u8> = runs.iter().flat_map(|(byte, n)| std::iter::repeat_n(*byte, *n)).collect();
         let capacity = (bytes.len() as u64 * BLOCK_SECTORS).saturating_sub(short);
@@ -281,7 +282,7 @@ proptest! {
         map.take(generation(1), Sectors::new(capacity)).unwrap();
         let mut read = ReadMap::clone(&map.read_map().unwrap());
         read.number = number;
-        read.bytes.clone_from(&bytes);
+        read.blocks = Blocks::from(bytes.clone());
         let read = Arc::new(read);
         let model = TakenModel {
             base: read.base(),
@@ -292,7 +293,25 @@ proptest! {
             map: Arc::clone(&read),
         };
         let last: Vec<Extent> = read.changed_in_last().unwrap().collect();
-        prop_assert_eq!(last, extents_of(&model, |byte| byte == u64::from(number)));
+        prop_assert_eq!(&last, &extents_of(&model, |byte| byte == u64::from(number)));
+        for at in skips {
+            let from = at % (bytes.len() as u64 + 70);
+            let start = from * BLOCK_SECTORS * 512;
+            let rest = last.iter().filter(|extent| extent.end() > start);
+            let wanted: Vec<Extent> = rest
+                .map(|extent| {
+                    let offset = extent.offset.max(start);
+                    Extent { offset, length: extent.end() - offset }
+                })
+                .collect();
+            // Before the first one is asked for, and after some.
+            let fresh = read.changed_in_last().unwrap().skip_to(start + at % 4096);
+            prop_assert_eq!(fresh.collect::<Vec<_>>(), &wanted[..]);
+            let mut used = read.changed_in_last().unwrap();
+            let passed = used.by_ref().take(3).last().map_or(0, |extent| extent.end());
+            let wanted: Vec<Extent> = wanted.into_iter().filter(|extent| extent.offset >= passed).collect();
+            prop_assert_eq!(used.skip_to(start).collect::<Vec<_>>(), wanted);
+        }
         for since in [0, 1, number / 2, number.saturating_sub(1), number] {
             let since = since.min(number);
             let base = Base { number: since, ..read.base() };

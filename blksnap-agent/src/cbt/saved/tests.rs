@@ -21,7 +21,7 @@ fn again(map: &CbtMap) -> Result<CbtMap, RestoreError> {
     let saved = map.save();
     let header = serde_json::to_string(&saved.header).unwrap();
     let header = serde_json::from_str(&header).unwrap();
-    let sections = saved.sections().into_iter().map(<[u8]>::to_vec).collect();
+    let sections = saved.sections().iter().map(Blocks::to_vec).collect();
     CbtMap::restore_sections(&header, sections)
 }
 

@@ -180,7 +180,7 @@ mod samples {
     use uuid::Uuid;
 
     use super::Picture;
-    use crate::cbt::{CbtMap, Heat};
+    use crate::cbt::{Blocks, CbtMap, Heat};
     use crate::units::{BlockSize, Generation, Sectors};
 
     /// The heat of blocks of 4 KiB.
@@ -188,7 +188,7 @@ mod samples {
         let size = BlockSize::from_shift(12).unwrap();
         let capacity = Sectors::new(bytes.len() as u64 * 8);
         let map = CbtMap::new(Generation::new(Uuid::from_u128(1)), size, capacity).unwrap();
-        Heat::new(&map.info(), active, std::iter::once(bytes), most)
+        Heat::new(&map.info(), active, &Blocks::from(bytes.to_vec()), most)
     }
 
     pub(super) fn picture(bytes: &[u8], active: u8, most: u64) -> Picture {

@@ -8,7 +8,7 @@ use blksnap_common::track::OpKind;
 
 use super::super::errors::Tell as _;
 use super::{Agent, Purpose};
-use crate::cbt::{Base, CbtMap, ChangedReport, FullReason, ResetReason};
+use crate::cbt::{Base, CbtMap, ChangedReport, FullReason, Heat, ResetReason};
 use crate::control::api;
 use crate::control::error::{ApiError, Code};
 use crate::tracker::{Granularity, MarkError, TrackedDevice};
@@ -162,7 +162,7 @@ impl Agent {
             };
             ApiError::new(code, format!("{action} {}: {full}", request.device), remedy)
         })?;
-        let all = map.bytes().len() as u64;
+        let all = map.blocks().len() as u64;
         let end = match request.length {
             Some(length) => request.offset.checked_add(length),
             None => Some(all),
@@ -180,17 +180,12 @@ impl Agent {
                 "ask for a range within the map",
             ));
         };
-        if (start, end) == (0, map.bytes().len()) {
-            // No copy: the bytes live as long as the answer.
-            struct Shared(Arc<crate::cbt::ReadMap>);
-            impl AsRef<[u8]> for Shared {
-                fn as_ref(&self) -> &[u8] {
-                    self.0.bytes()
-                }
-            }
-            return Ok(Bytes::from_owner(Shared(map)));
-        }
-        Ok(Bytes::copy_from_slice(&map.bytes()[start..end]))
+        Ok(map
+            .blocks()
+            .slices(start, end)
+            .collect::<Vec<_>>()
+            .concat()
+            .into())
     }
 
     pub(super) fn heat(&self, request: &api::HeatQuery) -> Result<api::Heat, ApiError> {
@@ -198,7 +193,8 @@ impl Agent {
         device.refresh();
         device.check_doubt();
         let most = request.buckets.unwrap_or(DEFAULT_BUCKETS);
-        let heat = device.with_map(|map| map.heat(most));
+        let (info, active, blocks) = device.with_map(|map| (map.info(), map.active(), map.blocks().clone()));
+        let heat = Heat::new(&info, active, &blocks, most);
         Ok(api::Heat {
             device: device.device().path.display().to_string(),
             heat,

@@ -59,7 +59,7 @@ fn map() -> CbtMap {
 fn sealed_of(map: &CbtMap) -> Sealed {
     let saved = map.save();
     Sealed {
-        sections: saved.sections().into_iter().map(<[u8]>::to_vec).collect(),
+        sections: saved.sections().iter().map(crate::cbt::Blocks::to_vec).collect(),
         header: SealHeader {
             record: record(),
             boot: "before".to_owned(),

@@ -82,7 +82,7 @@ fn what_is_too_long_is_not_written() {
         name: "x".repeat(MAX_HEADER),
         number: 0,
     };
-    assert!(encode(io::sink(), FORMAT, &long, &[]).is_err());
+    assert!(encode(io::sink(), FORMAT, &long, &[] as &[&[u8]]).is_err());
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn other_kinds_and_versions_are_told_apart_from_damage() {
     };
     for other in [name, Format { version: 4, ..FORMAT }] {
         let mut bytes = Vec::new();
-        encode(&mut bytes, other, &header(), &[]).unwrap();
+        encode(&mut bytes, other, &header(), &[] as &[&[u8]]).unwrap();
         let error = decoded(&bytes).unwrap_err();
         let want = format!("it is {:?} version {}", other.name, other.version);
         assert!(matches!(error, FrameError::Version(_)), "{error}");

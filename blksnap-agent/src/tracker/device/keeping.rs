@@ -180,7 +180,7 @@ impl TrackedDevice {
         let covered = keep.take_covered();
         let path = keep.document().to_owned();
         let saved = map.save();
-        let sections: Vec<Vec<u8>> = saved.sections().into_iter().map(<[u8]>::to_vec).collect();
+        let sections = saved.sections();
         let header = saved.header;
         let document = Document {
             boot: document::boot_id(),
@@ -200,7 +200,6 @@ impl TrackedDevice {
         };
         state.unsaved = false;
         drop(state);
-        let sections: Vec<&[u8]> = sections.iter().map(Vec::as_slice).collect();
         let written = document.write(&path, &sections);
         let failed = match written {
             Ok(()) => covered.iter().find_map(|pin| pins::remove_tree(pin).err()),
