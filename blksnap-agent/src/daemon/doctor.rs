@@ -30,7 +30,10 @@ pub fn examine(btf: &Path, load: &dyn Fn() -> Result<(), String>) -> DoctorRepor
         kernel(&release()),
         type_information(btf, fs::read(btf)),
         privileges(&fs::read_to_string("/proc/self/status").unwrap_or_default()),
-        bpffs(&fs::read_to_string("/proc/self/mounts").unwrap_or_default()),
+        bpffs(
+            &fs::read_to_string("/proc/self/mounts").unwrap_or_default(),
+            &fs::read_to_string("/proc/filesystems").unwrap_or_default(),
+        ),
         lockdown(
             fs::read_to_string("/sys/kernel/security/lockdown")
                 .ok()
@@ -141,19 +144,22 @@ fn privileges(status: &str) -> Check {
     }
 }
 
-fn bpffs(mounts: &str) -> Check {
+/// Tracking survives the daemon on a BPF file system.
+fn bpffs(mounts: &str, known: &str) -> Check {
     let place = mounts.lines().find_map(|line| {
         let mut words = line.split(' ');
         let (place, kind) = (words.nth(1)?, words.next()?);
         (kind == "bpf").then(|| place.to_owned())
     });
+    let known = known.lines().any(|line| line.ends_with("\tbpf"));
     match place {
         Some(place) => check("bpffs", CheckState::Ok, place, ""),
+        None if known => check("bpffs", CheckState::Ok, "not mounted, the daemon does it", ""),
         None => check(
             "bpffs",
-            CheckState::Warning,
-            "not mounted",
-            "mount -t bpf bpf /sys/fs/bpf",
+            CheckState::Failed,
+            "this kernel has none",
+            "use a kernel with CONFIG_BPF_SYSCALL=y, or run the daemon with --no-pins",
         ),
     }
 }
@@ -276,7 +282,11 @@ mod tests {
         let good = [
             type_information(Path::new("/x"), Ok(vec![0x9f, 0xeb, 1, 0])),
             privileges("Name:\tx\nCapEff:\t000001ffffffffff\n"),
-            bpffs("proc /proc proc rw 0 0\nbpf /sys/fs/bpf bpf rw,mode=700 0 0\n"),
+            bpffs(
+                "proc /proc proc rw 0 0\nbpf /sys/fs/bpf bpf rw,mode=700 0 0\n",
+                "",
+            ),
+            bpffs("proc /proc proc rw 0 0\n", "nodev\tproc\nnodev\tbpf\n\text4\n"),
             lockdown(Some("none [integrity] confidentiality\n")),
             lockdown(None),
             jit(Some("1\n")),
@@ -286,7 +296,10 @@ mod tests {
         for check in good {
             assert_eq!(check.state, CheckState::Ok, "{check:?}");
         }
-        assert_eq!(bpffs("proc /proc proc rw 0 0\n").state, CheckState::Warning);
+        assert_eq!(
+            bpffs("proc /proc proc rw 0 0\n", "nodev\tproc\n").state,
+            CheckState::Failed
+        );
         assert_eq!(preemption(Some("none voluntary (full) lazy\n"), "").found, "full");
         assert_eq!(
             preemption(None, "Linux version 6.12 SMP PREEMPT_DYNAMIC Debian").found,
