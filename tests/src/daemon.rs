@@ -137,6 +137,8 @@ impl Daemon {
             .arg(self.runtime_dir())
             .arg("--storage")
             .arg(self.storage())
+            .arg("--state-dir")
+            .arg(self.state_dir())
             .arg("--bpffs")
             .arg(self.bpffs())
             .args(options.ring_bytes.map(|bytes| format!("--ring-bytes={bytes}")))
@@ -190,6 +192,12 @@ impl Daemon {
     #[must_use]
     pub fn storage(&self) -> PathBuf {
         self.directory.path().join("storage")
+    }
+
+    /// The state directory.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        self.directory.path().join("state")
     }
 
     /// Mount point of the BPF file system of its pins.

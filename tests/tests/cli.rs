@@ -128,6 +128,8 @@ fn a_command_waits_for_a_daemon_that_is_starting() {
     let mut daemon = Command::new(agent_binary().unwrap())
         .args(["daemon", "--no-pins", "--socket", path(&socket), "--storage"])
         .arg(directory.path().join("storage"))
+        .arg("--state-dir")
+        .arg(directory.path().join("state"))
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -399,17 +401,19 @@ fn a_daemon_ends_in_order_and_starts_again() {
         daemon.kill().unwrap();
         assert!(daemon.control_socket().exists());
     }
-    let [bpffs, runtime] = [daemon.bpffs(), daemon.runtime_dir()];
+    let [bpffs, runtime, state] = [daemon.bpffs(), daemon.runtime_dir(), daemon.state_dir()];
     let purge = [
         "daemon",
         "--purge",
+        "--state-dir",
+        path(&state),
         "--bpffs",
         path(&bpffs),
         "--runtime-dir",
         path(&runtime),
     ];
     assert!(daemon.run(purge).unwrap().contains("tracking has ended"));
-    assert!(daemon.run(purge).unwrap().contains("nothing was pinned"));
+    assert!(daemon.run(purge).unwrap().contains("nothing was kept"));
     daemon.launch(&DaemonOptions::default()).unwrap();
     assert!(tracked(&daemon).is_empty());
 }

@@ -10,6 +10,7 @@ use super::size;
 use crate::cbt::TrackingParams;
 use crate::control::api;
 use crate::control::{CONTROL_SOCKET, RUNTIME_DIR};
+use crate::seal::SealPolicy;
 use crate::telemetry::log::LogFormat;
 use crate::tracker::KernelBtf;
 use crate::units::{Extent, Generation, SnapshotId};
@@ -143,6 +144,18 @@ pub struct Daemon {
     #[arg(long, value_name = "DIR", default_value = crate::daemon::STORAGE)]
     pub storage: PathBuf,
 
+    /// Directory that says after a reboot what was tracked, on a file system that is not tracked itself
+    #[arg(long, value_name = "DIR", default_value = crate::daemon::STATE)]
+    pub state_dir: PathBuf,
+
+    /// When to seal change maps, so that they go on after a reboot if nothing was written since
+    #[arg(long, value_name = "WHEN", default_value = "shutdown")]
+    pub seal: SealPolicy,
+
+    /// Seconds that the start waits for recorded devices that are not there yet
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub device_wait: u32,
+
     /// BPF file system that keeps tracking alive while no daemon runs; mounted where it is missing
     #[arg(long, value_name = "DIR", default_value = crate::tracker::BPFFS)]
     pub bpffs: PathBuf,
@@ -207,6 +220,23 @@ pub struct Daemon {
         hide = true
     )]
     pub btf: PathBuf,
+
+    /// Where sysfs tells of the devices that are carried over a reboot
+    #[arg(long, value_name = "DIR", default_value = "/sys", hide = true)]
+    pub sysfs: PathBuf,
+
+    /// Where the processes are looked for that may write to a device
+    #[arg(long, value_name = "DIR", default_value = "/proc", hide = true)]
+    pub proc: PathBuf,
+
+    /// File with the number of this boot
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "/proc/sys/kernel/random/boot_id",
+        hide = true
+    )]
+    pub boot_id: PathBuf,
 }
 
 /// `attach`

@@ -10,6 +10,7 @@ use super::args;
 use crate::cbt::TrackingParams;
 use crate::control::{CONTROL_SOCKET, NBD_SOCKET};
 use crate::daemon::{self, Config};
+use crate::seal::{Roots, SealConfig, StateDirectory};
 use crate::telemetry::log;
 use crate::tracker::{self, KeepConfig, TrackerConfig};
 
@@ -29,7 +30,7 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
     };
     let documents = std::path::absolute(runtime_dir.join(DOCUMENTS))?;
     if options.purge {
-        return purge(&options.bpffs, &documents);
+        return purge(&options.bpffs, &documents, &options.state_dir);
     }
     let default = TrackerConfig::default();
     let ring_bytes = match options.ring_bytes {
@@ -42,6 +43,15 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
         options.tracking_block_maximum_count,
         options.tracking_block_maximum_shift,
     )?;
+    let seal = SealConfig {
+        directory: std::path::absolute(options.state_dir)?,
+        policy: options.seal,
+        roots: Roots {
+            sysfs: options.sysfs,
+            proc: options.proc,
+            boot: options.boot_id,
+        },
+    };
     log::init(options.log_format, &options.log)?;
     daemon::run(&Config {
         nbd_socket: std::path::absolute(runtime_dir.join(NBD_SOCKET))?,
@@ -60,13 +70,16 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
             doubt_interval: default.doubt_interval,
             self_test_interval: Duration::from_secs(options.self_test_interval),
         },
+        seal,
+        device_wait: Duration::from_secs(options.device_wait.into()),
     })?;
     Ok(())
 }
 
 /// Ends all tracking that goes on without a daemon, and removes what is kept of it.
-fn purge(bpffs: &Path, documents: &Path) -> Result<()> {
-    let any = tracker::purge(bpffs)?;
+fn purge(bpffs: &Path, documents: &Path, state: &Path) -> Result<()> {
+    let mut any = tracker::purge(bpffs)?;
+    any |= StateDirectory::new(state.to_owned()).purge()?;
     match std::fs::remove_dir_all(documents) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             return Err(error).with_context(|| format!("remove {}", documents.display()));
@@ -76,9 +89,9 @@ fn purge(bpffs: &Path, documents: &Path) -> Result<()> {
     println!(
         "{}",
         if any {
-            "tracking has ended, and its pins are removed: the next backup of every device is a full one"
+            "tracking has ended, and what was kept of it is removed: the next backup of every device is a full one"
         } else {
-            "nothing was pinned"
+            "nothing was kept"
         }
     );
     Ok(())

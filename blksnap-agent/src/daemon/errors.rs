@@ -5,6 +5,7 @@ use crate::control::error::{ApiError, Code};
 use crate::disk::DiskError;
 use crate::engine::CopyError;
 use crate::filter::converge::ConvergeError;
+use crate::seal::SealError;
 use crate::snapshot::SnapshotError;
 use crate::statefile::StateFileError;
 use crate::storage::StorageError;
@@ -48,6 +49,16 @@ impl Tell for TrackerError {
             Self::Disk(error) => error.code(),
             Self::Btf(_) | Self::Load(_) => Code::System,
             Self::Map { .. } | Self::Io { .. } | Self::Pin(_) | Self::State(_) => Code::Io,
+        }
+    }
+}
+
+impl Tell for SealError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Disk(error) => error.code(),
+            Self::State(StateFileError::Io { source, .. }) | Self::Directory { source, .. } => of_io(source),
+            Self::State(_) => Code::Io,
         }
     }
 }

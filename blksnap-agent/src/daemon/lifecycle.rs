@@ -22,6 +22,7 @@ use crate::nbd::endpoint::EndpointError;
 use crate::nbd::registry::Exports;
 use crate::nbd::server::{Server, ServerLimits};
 use crate::nbd::socket::{self as nbd_socket, SocketName};
+use crate::seal::{SealConfig, StateLock};
 use crate::tracker::{Tracker, TrackerConfig, TrackerError};
 
 /// Longest wait for requests that were cancelled at the end.
@@ -32,6 +33,9 @@ const ENDING: Duration = Duration::from_secs(3);
 
 /// Longest wait for threads that are still busy after that.
 const THREADS: Duration = Duration::from_secs(5);
+
+/// How often devices that come late are looked for.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What a daemon is told at its start. All paths are absolute.
 #[derive(Clone, Debug)]
@@ -50,6 +54,10 @@ pub struct Config {
     pub parameters: TrackingParams,
     /// The tracker.
     pub tracker: TrackerConfig,
+    /// How devices are carried over reboots.
+    pub seal: SealConfig,
+    /// How long the start waits for recorded devices that are not there yet.
+    pub device_wait: Duration,
 }
 
 /// The daemon can't start, or ended by an error.
@@ -77,6 +85,17 @@ pub enum DaemonError {
         /// Why.
         source: io::Error,
     },
+    /// The state directory can't be used.
+    #[error("use the state directory {}: {source}; choose another one with --state-dir", path.display())]
+    State {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another daemon has the state directory.
+    #[error("start the daemon: another one uses {}; stop it, or choose another --state-dir", .0.display())]
+    StateUsed(PathBuf),
     /// Metrics have no access control.
     #[error(
         "serve metrics on {0}: not a loopback address, and anybody could read them; use 127.0.0.1 or ::1"
@@ -174,6 +193,13 @@ pub fn run(config: &Config) -> Result<(), DaemonError> {
             path: config.storage.clone(),
             source,
         })?;
+    let state = &config.seal.directory;
+    let _state = StateLock::take(state)
+        .map_err(|source| DaemonError::State {
+            path: state.clone(),
+            source,
+        })?
+        .ok_or_else(|| DaemonError::StateUsed(state.clone()))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_name("blksnap")
         .enable_all()
@@ -223,6 +249,11 @@ async fn serve(
     let exports = Arc::new(Exports::new());
     let nbd = Server::start(&config.nbd_socket, Arc::clone(&exports), &ServerLimits::default())?;
     let agent = Arc::new(Agent::new(config, tracker, exports, nbd.counters()));
+    let restored = Arc::clone(&agent);
+    let wait = config.device_wait;
+    tokio::task::spawn_blocking(move || restored.restore(wait))
+        .await
+        .map_err(io::Error::other)?;
     let service: Arc<dyn Service> = Arc::<Agent>::clone(&agent);
     let (control, name): (_, SocketName) = match nbd_socket::listen_on(&config.control_socket) {
         Ok(made) => made,
@@ -240,6 +271,7 @@ async fn serve(
         let router = server::metrics_router(service, stop.clone());
         tokio::spawn(server::serve_tcp(listener, router, stop.clone()));
     }
+    tokio::spawn(look(Arc::clone(&agent), stop.clone()));
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         control = %config.control_socket.display(),
@@ -262,13 +294,27 @@ async fn serve(
     if failed.is_none() && tokio::time::timeout(GRACE, &mut serving).await.is_err() {
         tracing::warn!(grace = ?GRACE, "requests under way are left alone");
     }
-    if let Err(error) = tokio::task::spawn_blocking(move || agent.end()).await {
+    let ending = Arc::clone(&agent);
+    if let Err(error) = tokio::task::spawn_blocking(move || ending.end()).await {
         tracing::error!(%error, "the end of the snapshots failed");
     }
     nbd.stop().await;
+    if let Err(error) = tokio::task::spawn_blocking(move || agent.seal()).await {
+        tracing::error!(%error, "the change maps were not sealed");
+    }
     match failed {
         Some(Err(error)) => Err(error.into()),
         _ => Ok(()),
+    }
+}
+
+/// Lets the agent look for devices that come late, until the daemon ends.
+async fn look(agent: Arc<Agent>, stop: CancellationToken) {
+    while tokio::time::timeout(LOOK, stop.cancelled()).await.is_err() {
+        let agent = Arc::clone(&agent);
+        if let Err(error) = tokio::task::spawn_blocking(move || agent.look()).await {
+            tracing::error!(%error, "looking for devices that come late failed");
+        }
     }
 }
 

@@ -19,3 +19,6 @@ pub use lifecycle::{Config, DaemonError, run};
 
 /// Directory of the difference storage unless told otherwise.
 pub const STORAGE: &str = "/var/lib/blksnap/storage";
+
+/// The state directory unless told otherwise: what is tracked, and sealed change maps.
+pub const STATE: &str = "/var/lib/blksnap/state";

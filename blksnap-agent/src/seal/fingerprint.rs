@@ -14,6 +14,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cbt::Blocks;
 use crate::sys::AlignedBuffer;
 use crate::units::Extent;
 
@@ -104,7 +105,7 @@ pub enum ContentDiffers {
 /// Where to look at a device of `length` bytes with partitions that begin at these bytes, whose change map has
 /// these `bytes` for blocks of `block` bytes. Ascending, not overlapping, in units of 64 KiB but for the end.
 #[must_use]
-pub fn places(length: u64, partitions: &[u64], bytes: &[u8], block: u64) -> Vec<Extent> {
+pub fn places(length: u64, partitions: &[u64], bytes: &Blocks, block: u64) -> Vec<Extent> {
     let mut wanted = vec![(0, ENDS), (length.saturating_sub(ENDS), ENDS)];
     wanted.extend(partitions.iter().map(|start| (*start, PARTITION)));
     let block_offsets = latest(bytes).into_iter().map(|index| index * block);
@@ -127,10 +128,10 @@ pub fn places(length: u64, partitions: &[u64], bytes: &[u8], block: u64) -> Vec<
 
 /// The indices of the blocks that changed last, ascending: all of the last periods that fit, and an even choice of
 /// the one before, its first block among them.
-fn latest(bytes: &[u8]) -> Vec<u64> {
+fn latest(bytes: &Blocks) -> Vec<u64> {
     let mut counts = [0_usize; 256];
-    for byte in bytes {
-        counts[usize::from(*byte)] += 1;
+    for byte in bytes.iter() {
+        counts[usize::from(byte)] += 1;
     }
     let mut left = BLOCKS;
     // All blocks above this period fit.
@@ -141,9 +142,9 @@ fn latest(bytes: &[u8]) -> Vec<u64> {
     }
     let count = counts[usize::from(period)];
     let mut place = 0;
-    let chosen = (0_u64..).zip(bytes).filter(|(_, byte)| {
-        if **byte != period || period == 0 {
-            return **byte > period;
+    let chosen = (0_u64..).zip(bytes.iter()).filter(|(_, byte)| {
+        if *byte != period || period == 0 {
+            return *byte > period;
         }
         place += 1;
         (place - 1) * left % count < left

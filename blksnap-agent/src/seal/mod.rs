@@ -26,19 +26,23 @@ pub mod record;
 pub mod shutdown;
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use uuid::Uuid;
 
 pub use decide::{Doubt, Evidence, decide};
 pub use record::{Record, SavedGranularity, StateDirectory};
 pub use shutdown::SealPolicy;
 
-use crate::cbt::{Blocks, CbtInfo, CbtMap, ResetReason, SavedHeader, SavedMap};
+use crate::cbt::{CbtMap, ResetReason, SavedMap};
 use crate::disk::{BlockDevice, DeviceIdentity, Difference, DirectReader, DiskError};
 use crate::statefile::StateFileError;
 use crate::units::{BlockSize, DeviceId};
@@ -79,6 +83,29 @@ pub struct SealConfig {
     pub roots: Roots,
 }
 
+/// Keeps other daemons out of a state directory as long as it lives.
+#[derive(Debug)]
+pub struct StateLock {
+    _directory: Flock<File>,
+}
+
+impl StateLock {
+    /// Makes the directory where it is missing, and locks it; `None` if another daemon has it.
+    ///
+    /// # Errors
+    /// It can't be made or opened.
+    pub fn take(path: &Path) -> io::Result<Option<Self>> {
+        DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        match Flock::lock(File::open(path)?, FlockArg::LockExclusiveNonblock) {
+            Ok(directory) => Ok(Some(Self {
+                _directory: directory,
+            })),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(errno.into()),
+        }
+    }
+}
+
 /// A record can't be kept.
 #[derive(Debug, thiserror::Error)]
 pub enum SealError {
@@ -113,6 +140,9 @@ pub enum Unsealed {
     /// The map is in doubt.
     #[error("its map can't be relied on: {0}")]
     Corrupted(ResetReason),
+    /// The tracker fails.
+    #[error("{0}")]
+    Tracker(String),
     /// Not the device of the record.
     #[error("{0}")]
     Device(#[from] Difference),
@@ -145,6 +175,8 @@ pub enum Begin {
 /// A device that is about to be tracked.
 #[derive(Debug)]
 pub struct Prepared {
+    /// It had a record before.
+    pub known: bool,
     /// With what.
     pub begin: Begin,
     /// What the record says of it.
@@ -164,10 +196,13 @@ pub struct Present {
 pub trait Sealable {
     /// The device.
     fn device(&self) -> &BlockDevice;
-    /// The facts about the change map, every write until now marked.
-    fn info(&self) -> CbtInfo;
-    /// The number of the open period and a copy of the map's sections, every write until now marked.
-    fn copy(&self) -> (SavedHeader, Vec<Vec<u8>>);
+    /// The map to be saved, with every write until now.
+    ///
+    /// # Errors
+    /// The tracker fails.
+    fn copy(&self) -> Result<SavedMap, String>;
+    /// Whether nothing was written since [`Sealable::copy`], and nothing speaks against the map.
+    fn is_unchanged(&self) -> bool;
 }
 
 /// Records and seals of all tracked devices.
@@ -227,6 +262,23 @@ impl Seals {
             }
         }
         Ok((present, absent))
+    }
+
+    /// The block devices that there are, with their sizes: where these are as before, nothing has come.
+    #[must_use]
+    pub fn present(&self) -> Vec<(OsString, String)> {
+        let entries = fs::read_dir(self.roots.sysfs.join("class/block"));
+        let mut present: Vec<_> = entries
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| {
+                let size = fs::read_to_string(entry.path().join("size")).unwrap_or_default();
+                (entry.file_name(), size)
+            })
+            .collect();
+        present.sort();
+        present
     }
 
     /// The device of a record, wherever it is now. One that nothing identifies is looked for at its path.
@@ -311,6 +363,7 @@ impl Seals {
                 }
             }
         };
+        let is_known = known.is_some();
         let record = Record {
             name: known.map_or_else(Uuid::new_v4, |record| record.name),
             path: device.path.clone(),
@@ -319,19 +372,35 @@ impl Seals {
         };
         self.state.begin(&record)?;
         self.tracked().insert(device.id, record);
-        Ok(Prepared { begin, identity })
+        Ok(Prepared {
+            known: is_known,
+            begin,
+            identity,
+        })
+    }
+
+    /// A device that was prepared could not be tracked. One that had a record before keeps it.
+    ///
+    /// # Errors
+    /// Its files can't be removed.
+    pub fn give_up(&self, id: DeviceId, known: bool) -> Result<(), SealError> {
+        let record = self.tracked().remove(&id);
+        if let Some(record) = record.filter(|_| !known) {
+            self.state.forget(record.name)?;
+        }
+        Ok(())
     }
 
     /// Whether the proof of [`Seals::prepare`] still holds, now that the device is tracked.
     ///
     /// # Errors
     /// It does not: the map is to be declared wrong for [`Doubt::reason`].
-    pub fn settle(&self, device: &BlockDevice, prepared: &Prepared) -> Result<(), Doubt> {
+    pub fn settle(&self, device: &BlockDevice, identity: &DeviceIdentity) -> Result<(), Doubt> {
         let evidence = Gathered {
             roots: &self.roots,
             device,
         };
-        decide::settle(&prepared.identity, &evidence)
+        decide::settle(identity, &evidence)
     }
 
     /// A device that the kernel tracked while no agent ran: it has a record from now on, and no seal.
@@ -356,7 +425,7 @@ impl Seals {
         Ok(())
     }
 
-    /// Tracking of a device was ended on purpose, or did not begin: it is not tracked again by itself.
+    /// Tracking of a device was ended on purpose: it is not tracked again by itself.
     ///
     /// # Errors
     /// Its files can't be removed.
@@ -390,14 +459,17 @@ impl Seals {
         record.identity.same_device(&identity)?;
 
         let counters = evidence.written()?;
-        let (map, sections) = tracked.copy();
-        if let Some(reason) = map.corrupted {
+        let map = tracked.copy().map_err(Unsealed::Tracker)?;
+        if let Some(reason) = map.header.corrupted {
             return Err(Unsealed::Corrupted(reason));
         }
-        let sealed = tracked.info();
-        let bytes = sections.first().map(Vec::as_slice).unwrap_or_default();
         let partitions = self.partitions(device);
-        let places = places(device.capacity.bytes(), &partitions, bytes, map.block_size);
+        let places = places(
+            device.capacity.bytes(),
+            &partitions,
+            &map.bytes,
+            map.header.block_size,
+        );
         let reader = DirectReader::open(device)?;
         let header = SealHeader {
             record: record.clone(),
@@ -414,16 +486,11 @@ impl Seals {
                 })
                 .collect(),
             fingerprint: Fingerprint::of(&reader, &places)?,
-            map: map.clone(),
+            map: map.header.clone(),
         };
-        let parts = SavedMap {
-            header: map,
-            bytes: Blocks::from(bytes.to_vec()),
-            read: sections.get(1).cloned().map(Blocks::from),
-        };
-        self.state.write_seal(&header, &parts)?;
+        self.state.write_seal(&header, &map)?;
         // What was written while this went on is in the map of the tracker or in the counters.
-        let still = tracked.info() == sealed
+        let still = tracked.is_unchanged()
             && evidence.written()? == counters
             && counters.iter().all(|(_, counters)| counters.in_flight == 0)
             && device.writes_in_driver()? == 0;

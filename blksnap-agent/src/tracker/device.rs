@@ -31,7 +31,7 @@ use super::{Shared, TrackerError, pins, probe, record};
 use crate::cbt::{CbtMap, MapError, ResetReason};
 use crate::disk::presence::{Presence, SYSFS};
 use crate::disk::{BlockDevice, DiskError, dax};
-use crate::units::{BlockSize, Generation, Sectors};
+use crate::units::{BlockSize, Sectors};
 
 /// What the ledger knows of writes in flight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -135,25 +135,15 @@ fn open_bitmap(keep: Option<&Keep>, slot: u32, blocks: u64, period: u64) -> Resu
 }
 
 impl TrackedDevice {
+    /// Tracks a device with a map of its capacity, which has every change until now.
     pub(super) fn attach(
         shared: &Arc<Shared>,
         device: BlockDevice,
-        block_size: BlockSize,
-        began: ResetReason,
+        map: CbtMap,
+        resets: BTreeMap<ResetReason, u64>,
     ) -> Result<Self, TrackerError> {
-        let blocks = block_size.blocks_in(device.capacity);
-        let too_many = |_: MapError| TrackerError::TooManyBlocks {
-            device: device.path.display().to_string(),
-            block_size: block_size.bytes(),
-            blocks,
-        };
-        let map = CbtMap::begin(
-            Generation::new(uuid::Uuid::new_v4()),
-            began,
-            block_size,
-            device.capacity,
-        )
-        .map_err(too_many)?;
+        let block_size = map.block_size();
+        let blocks = map.block_count();
         if let Some(how) = dax::of(&device)? {
             return Err(TrackerError::Dax {
                 device: device.path.display().to_string(),
@@ -224,7 +214,7 @@ impl TrackedDevice {
                 keep,
                 unsaved: false,
                 doubts,
-                resets: BTreeMap::from([(began, 1)]),
+                resets,
                 watchers: Watchers::default(),
             }),
             detached: AtomicBool::new(false),

@@ -33,6 +33,7 @@ pub mod selftest;
 mod testing;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::mem::offset_of;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
@@ -52,10 +53,10 @@ pub use layout::Layout;
 pub use pins::{BPFFS, PinError, purge};
 pub use watch::DeviceWatch;
 
-use crate::cbt::{ResetReason, TrackingParams};
-use crate::disk::BlockDevice;
+use crate::cbt::{CbtMap, ResetReason, TrackingParams};
+use crate::disk::{BlockDevice, DiskError};
 use crate::sys::mman::SharedWords;
-use crate::units::{BlockSize, DeviceId};
+use crate::units::{BlockSize, DeviceId, Generation};
 use object::{Loaded, Object};
 
 /// How often the ring is drained while events come.
@@ -113,6 +114,17 @@ pub enum Granularity {
 
 /// Words of a [`SlotState`].
 const STATE_WORDS: usize = size_of::<SlotState>() / size_of::<u64>();
+
+impl Granularity {
+    /// The size for a device.
+    #[must_use]
+    pub fn block_size(&self, device: &BlockDevice) -> BlockSize {
+        match self {
+            Self::Adaptive(params) => params.block_size(device.capacity),
+            Self::Fixed(size) => *size,
+        }
+    }
+}
 
 /// What devices and the drain thread share.
 struct Shared {
@@ -237,6 +249,20 @@ impl Tracker {
         device: BlockDevice,
         granularity: Granularity,
     ) -> Result<Arc<TrackedDevice>, TrackerError> {
+        self.attach_anew(device, granularity, ResetReason::NewAttach)
+    }
+
+    /// As [`Tracker::attach`], with the reason why the generation begins, unless there is a better one: that it could
+    /// not be gone on with.
+    ///
+    /// # Errors
+    /// As [`Tracker::attach`].
+    pub fn attach_anew(
+        &self,
+        device: BlockDevice,
+        granularity: Granularity,
+        began: ResetReason,
+    ) -> Result<Arc<TrackedDevice>, TrackerError> {
         let _changing = self.changing();
         let mut instead = None;
         for tracked in self.devices() {
@@ -254,13 +280,32 @@ impl Tracker {
         if let Some(reason) = instead {
             return self.attach_as(device, granularity, reason);
         }
-        // One that was tracked until now, and can't be gone on with, begins anew for that reason.
-        let began = self
+        let began = self.began(&device).unwrap_or(began);
+        self.attach_as(device, granularity, began)
+    }
+
+    /// As [`Tracker::attach`], going on with a map of the device that has every change until now.
+    ///
+    /// # Errors
+    /// As [`Tracker::attach`], or the map is of another capacity.
+    pub fn attach_with(&self, device: BlockDevice, map: CbtMap) -> Result<Arc<TrackedDevice>, TrackerError> {
+        let _changing = self.changing();
+        if self.device(device.id).is_some() {
+            return Err(TrackerError::Already(device.path.display().to_string()));
+        }
+        if map.capacity() != device.capacity {
+            return Err(DiskError::Replaced { path: device.path }.into());
+        }
+        self.attach_map(device, map, BTreeMap::new())
+    }
+
+    /// Why a device that was tracked until now, and can't be gone on with, begins anew.
+    fn began(&self, device: &BlockDevice) -> Option<ResetReason> {
+        let lost = self
             .lost
             .iter()
-            .find(|lost| lost.path.as_ref() == Some(&device.path))
-            .map_or(ResetReason::NewAttach, |lost| lost.reason);
-        self.attach_as(device, granularity, began)
+            .find(|lost| lost.path.as_ref() == Some(&device.path));
+        lost.map(|lost| lost.reason)
     }
 
     fn attach_as(
@@ -269,11 +314,25 @@ impl Tracker {
         granularity: Granularity,
         began: ResetReason,
     ) -> Result<Arc<TrackedDevice>, TrackerError> {
-        let block_size = match granularity {
-            Granularity::Adaptive(params) => params.block_size(device.capacity),
-            Granularity::Fixed(size) => size,
-        };
-        let tracked = Arc::new(TrackedDevice::attach(&self.shared, device, block_size, began)?);
+        let block_size = granularity.block_size(&device);
+        let generation = Generation::new(uuid::Uuid::new_v4());
+        let map = CbtMap::begin(generation, began, block_size, device.capacity).map_err(|_| {
+            TrackerError::TooManyBlocks {
+                device: device.path.display().to_string(),
+                block_size: block_size.bytes(),
+                blocks: block_size.blocks_in(device.capacity),
+            }
+        })?;
+        self.attach_map(device, map, BTreeMap::from([(began, 1)]))
+    }
+
+    fn attach_map(
+        &self,
+        device: BlockDevice,
+        map: CbtMap,
+        resets: BTreeMap<ResetReason, u64>,
+    ) -> Result<Arc<TrackedDevice>, TrackerError> {
+        let tracked = Arc::new(TrackedDevice::attach(&self.shared, device, map, resets)?);
         self.write_devices(|devices| devices.push(Arc::clone(&tracked)));
         Ok(tracked)
     }

@@ -40,10 +40,7 @@ impl Agent {
                     .map_err(|error| ApiError::of(Code::InvalidRequest, &action, &error))?,
             ),
         };
-        let tracked = self
-            .tracker
-            .attach(device, granularity)
-            .map_err(|error| error.tell(&action))?;
+        let tracked = self.track(device, granularity, &action)?;
         tracing::info!(
             device = %tracked.device().path.display(),
             block_size = tracked.block_size().bytes(),
@@ -55,9 +52,7 @@ impl Agent {
     pub(super) fn detach_device(&self, request: &api::DeviceName) -> Result<(), ApiError> {
         let device = self.tracked(&request.device, "detach")?;
         let _claim = self.claim(&[device.device()], Purpose::Detach, "detach")?;
-        self.tracker
-            .detach(device.device().id)
-            .map_err(|error| error.tell(format_args!("detach {}", request.device)))?;
+        self.untrack(device.device().id, &format!("detach {}", request.device))?;
         tracing::info!(device = %device.device().path.display(), "detached");
         Ok(())
     }

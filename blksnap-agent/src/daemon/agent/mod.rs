@@ -7,6 +7,7 @@ mod backups;
 mod claims;
 mod devices;
 mod metrics;
+mod seals;
 mod snapshots;
 
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use blksnap_common::track::ABI_VERSION;
 
 use self::claims::{Claim, Claimed, Claims, Purpose};
 use self::metrics::Takes;
+use self::seals::Recorded;
 use super::doctor;
 use super::errors::Tell as _;
 use super::lifecycle::Config;
@@ -28,13 +30,15 @@ use crate::control::stream::Reporter;
 use crate::disk::BlockDevice;
 use crate::nbd::counters::Counters;
 use crate::nbd::registry::Exports;
+use crate::seal::Seals;
 use crate::snapshot::Snapshots;
-use crate::tracker::{Granularity, TrackedDevice, Tracker, TrackerError};
+use crate::tracker::{Granularity, TrackedDevice, Tracker};
 use crate::units::SnapshotId;
 
 /// The facade behind the control interface.
 pub struct Agent {
     tracker: Arc<Tracker>,
+    recorded: Recorded,
     parameters: TrackingParams,
     snapshots: Snapshots,
     storage: PathBuf,
@@ -56,6 +60,7 @@ impl Agent {
         Self {
             snapshots: Snapshots::new(Arc::clone(&tracker)),
             tracker,
+            recorded: Recorded::new(Seals::new(&config.seal)),
             parameters: config.parameters,
             storage: config.storage.clone(),
             nbd_socket: config.nbd_socket.clone(),
@@ -113,18 +118,19 @@ impl Agent {
         let id = device.id;
         let (device, attached_here) = match self.tracker.device(id) {
             Some(device) => (device, false),
-            None => match self
-                .tracker
-                .attach(device, Granularity::Adaptive(self.parameters))
-            {
+            None => match self.track(
+                device,
+                Granularity::Adaptive(self.parameters),
+                &format!("{action} {path}"),
+            ) {
                 Ok(device) => {
                     tracing::info!(device = %device.device().path.display(), "attached for {action}");
                     (device, true)
                 }
                 Err(error) => match self.tracker.device(id) {
                     // Somebody else was faster.
-                    Some(device) if matches!(error, TrackerError::Already(_)) => (device, false),
-                    _ => return Err(error.tell(format_args!("{action} {path}"))),
+                    Some(device) if error.code() == Code::Already => (device, false),
+                    _ => return Err(error),
                 },
             },
         };
@@ -179,7 +185,7 @@ impl Drop for Ensured<'_> {
         let id = self.device.device().id;
         // Somebody else may have found it attached meanwhile, and works on it.
         if let Ok(_claim) = self.agent.claims.claim(&[id], Purpose::Detach)
-            && let Err(error) = self.agent.tracker.detach(id)
+            && let Err(error) = self.agent.untrack(id, "detach")
         {
             tracing::warn!(%error, "a device that was attached in vain stays attached");
         }

@@ -249,7 +249,7 @@ impl Agent {
         let places = places(
             world.capacity() as u64 * 512,
             &[],
-            &saved.bytes.to_vec(),
+            &saved.bytes,
             saved.header.block_size,
         );
         let header = SealHeader {
