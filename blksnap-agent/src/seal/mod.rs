@@ -352,12 +352,21 @@ impl Seals {
                 };
                 match decide(record, self.state.seal(record.name), &evidence) {
                     Ok(map) if map.block_size() == block_size => {
-                        tracing::info!(device = %device.path.display(), generation = %map.generation(), "nothing was written since tracking stopped: the change map goes on");
+                        tracing::info!(
+                            device = %device.path.display(),
+                            generation = %map.generation(),
+                            "nothing was written since tracking stopped: the change map goes on"
+                        );
                         Begin::Resume(Box::new(map))
                     }
                     Ok(_) => Begin::Fresh(ResetReason::Requested),
                     Err(doubt) => {
-                        tracing::warn!(device = %device.path.display(), reason = doubt.reason().code(), why = %doubt, "the change map begins anew");
+                        tracing::warn!(
+                            device = %device.path.display(),
+                            reason = doubt.reason().code(),
+                            why = %doubt,
+                            "the change map begins anew"
+                        );
                         Begin::Fresh(doubt.reason())
                     }
                 }

@@ -99,13 +99,22 @@ impl Agent {
             match DeviceWatch::start(Arc::clone(&tracked)) {
                 Ok(watch) => self.watches().push((watch, Instant::now() + ON_THEIR_WAY)),
                 Err(error) => {
-                    tracing::warn!(%error, device = %tracked.path().display(), "writes in flight can't be followed");
+                    tracing::warn!(
+                        %error,
+                        device = %tracked.path().display(),
+                        "writes in flight can't be followed"
+                    );
                     tracked.corrupt(ResetReason::ContinuityUnproven);
                 }
             }
             std::thread::sleep(COUNTING);
             if let Err(doubt) = seals.settle(tracked.device(), &prepared.identity) {
-                tracing::warn!(device = %tracked.path().display(), reason = doubt.reason().code(), why = %doubt, "the change map can't go on");
+                tracing::warn!(
+                    device = %tracked.path().display(),
+                    reason = doubt.reason().code(),
+                    why = %doubt,
+                    "the change map can't go on"
+                );
                 tracked.corrupt(doubt.reason());
             }
         }
@@ -137,7 +146,11 @@ impl Agent {
                 .seals
                 .adopted(tracked.device(), tracked.block_size())
             {
-                tracing::error!(%error, device = %tracked.path().display(), "the device would not be tracked after a reboot");
+                tracing::error!(
+                    %error,
+                    device = %tracked.path().display(),
+                    "the device would not be tracked after a reboot"
+                );
             }
         }
         let end = Instant::now() + wait;
@@ -189,7 +202,7 @@ impl Agent {
                     "tracked again"
                 ),
                 Err(error) => {
-                    tracing::error!(device = %path.display(), %error, "the device is not tracked any more")
+                    tracing::error!(device = %path.display(), %error, "the device is not tracked any more");
                 }
             }
         }
@@ -213,9 +226,14 @@ impl Agent {
         for tracked in devices {
             let path = tracked.path().display();
             match self.recorded.seals.seal(&OfTracker(&tracked)) {
-                Ok(()) => tracing::info!(device = %path, "sealed: its change map goes on after the reboot"),
+                Ok(()) => {
+                    tracing::info!(device = %path, "sealed: its change map goes on after the reboot");
+                }
                 Err(why) => {
-                    tracing::warn!(device = %path, %why, "not sealed: its change map begins anew after a reboot")
+                    tracing::warn!(
+                        device = %path, %why,
+                        "not sealed: its change map begins anew after a reboot"
+                    );
                 }
             }
         }
