@@ -39,6 +39,11 @@ impl ChangedReport {
         }
     }
 
+    /// Number that the changes start from.
+    pub(super) const fn since_number(&self) -> u8 {
+        self.since
+    }
+
     /// The extents or the reason why there are none.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
 //! Changed extents: the blocks of a read map that meet a condition, merged into ascending byte ranges.
 //!
-//! The map is scanned 64 blocks at a time: eight words of eight bytes become one mask of 64 bits, from which runs
-//! are taken by counting zeros. Nothing is collected, so that two million blocks can be streamed from a shared map
-//! at the cost of one pass over it.
+//! The map is scanned 64 blocks at a time: eight words of eight bytes become one mask of 64 bits, and the mask becomes
+//! the places where runs begin and end, which are taken by counting zeros. Nothing is collected, so that two million
+//! blocks can be streamed from a shared map at the cost of one pass over it.
 
 use std::iter::FusedIterator;
 use std::sync::Arc;
@@ -85,9 +85,12 @@ pub struct ChangedExtents {
     shift: u32,
     /// Bytes of the device.
     capacity: u64,
-    /// Blocks still to be reported of the 64 that begin at `base`.
-    mask: u64,
-    /// First block of the 64 in `mask`.
+    /// Where, in the 64 blocks that begin at `base`, runs begin and end that were not reported yet: in turn, and a
+    /// beginning first.
+    edges: u64,
+    /// Whether the last of these 64 blocks is wanted: the next one then is no beginning.
+    carry: bool,
+    /// First block of the 64 of `edges`.
     base: usize,
     /// First block not scanned yet.
     next: usize,
@@ -100,7 +103,8 @@ impl ChangedExtents {
             capacity: map.capacity().bytes(),
             map,
             condition,
-            mask: 0,
+            edges: 0,
+            carry: false,
             base: 0,
             next: 0,
         }
@@ -122,20 +126,22 @@ impl ChangedExtents {
     #[must_use]
     pub fn skip_to(mut self, offset: u64) -> Self {
         let block = usize::try_from(offset >> self.shift).unwrap_or(usize::MAX);
-        if block >= self.base.saturating_add(64) || self.mask == 0 {
-            self.mask = 0;
+        if block >= self.next {
+            (self.edges, self.carry) = (0, false);
             // Scanning goes by 64 blocks.
             self.next = (block / 64 * 64).max(self.next);
-            if self.load() && block > self.base {
-                self.mask &= u64::MAX << (block % 64);
+            if !self.load() {
+                return self;
             }
-        } else if block > self.base {
-            self.mask &= u64::MAX << (block - self.base);
+        }
+        if block > self.base {
+            let mask = between(self.edges) & (u64::MAX << (block % 64));
+            self.edges = mask ^ (mask << 1);
         }
         self
     }
 
-    /// Loads the mask of the next 64 blocks; false at the end of the map.
+    /// Loads the edges of the next 64 blocks; false at the end of the map.
     #[inline]
     fn load(&mut self) -> bool {
         let rest = self.map.blocks().rest_of_piece(self.next);
@@ -143,7 +149,7 @@ impl ChangedExtents {
             return false;
         }
         self.base = self.next;
-        self.mask = if let Some(blocks) = rest.first_chunk::<64>() {
+        let mask = if let Some(blocks) = rest.first_chunk::<64>() {
             self.next += 64;
             self.condition.mask(blocks)
         } else {
@@ -152,8 +158,34 @@ impl ChangedExtents {
                 (mask << 1) | u64::from(self.condition.holds(*byte))
             })
         };
+        self.edges = mask ^ (mask << 1 | u64::from(self.carry));
+        self.carry = mask >> 63 == 1;
         true
     }
+
+    /// The next block at which a run begins or, after that, the block after its end; none at the end of the map.
+    #[inline]
+    fn edge(&mut self) -> Option<usize> {
+        while self.edges == 0 {
+            if !self.load() {
+                return None;
+            }
+        }
+        let at = self.base + self.edges.trailing_zeros() as usize;
+        self.edges &= self.edges - 1;
+        Some(at)
+    }
+}
+
+/// The bits from each beginning to before its end.
+const fn between(edges: u64) -> u64 {
+    let mut mask = edges;
+    let mut step = 1;
+    while step < 64 {
+        mask ^= mask << step;
+        step *= 2;
+    }
+    mask
 }
 
 impl Iterator for ChangedExtents {
@@ -161,38 +193,9 @@ impl Iterator for ChangedExtents {
 
     #[inline]
     fn next(&mut self) -> Option<Extent> {
-        while self.mask == 0 {
-            if !self.load() {
-                return None;
-            }
-        }
-        let start = self.mask.trailing_zeros();
-        // Adding the lowest bit carries through its run: what stays are the runs above it.
-        let lowest = self.mask & self.mask.wrapping_neg();
-        let (above, carried) = self.mask.overflowing_add(lowest);
-        let first = self.base + start as usize;
-        let end;
-        if carried {
-            // The run reaches the end of these 64 and may go on in the next.
-            loop {
-                let reached = self.base + 64;
-                self.mask = 0;
-                if !self.load() {
-                    end = reached;
-                    break;
-                }
-                let run = self.mask.trailing_ones();
-                if run < 64 {
-                    self.mask &= u64::MAX << run;
-                    end = self.base + run as usize;
-                    break;
-                }
-            }
-        } else {
-            end = self.base + above.trailing_zeros() as usize;
-            self.mask &= above;
-        }
-        // The last block may be short.
+        let first = self.edge()?;
+        // A run may reach the end of the map, whose last block may be short.
+        let end = self.edge().unwrap_or(self.next);
         let offset = (first as u64) << self.shift;
         let end = ((end as u64) << self.shift).min(self.capacity);
         Some(Extent {

@@ -32,6 +32,7 @@ mod params;
 mod read_map;
 mod reason;
 mod saved;
+mod stream;
 
 pub use answer::{ChangedAnswer, ChangedReport, FullAnswer};
 pub use blocks::Blocks;
@@ -42,3 +43,4 @@ pub use params::{ParamsError, TrackingParams};
 pub use read_map::{Base, ReadMap};
 pub use reason::{FullNeeded, FullReason, ResetReason};
 pub use saved::{RestoreError, SavedHeader, SavedMap};
+pub use stream::{ChangedForm, ChangedHead, ChangedLine, ChangedParts, ChangedTotals};

@@ -309,17 +309,24 @@ pub enum Cbt {
         devices: Vec<PathBuf>,
     },
     /// List what changed between an earlier take and the last one
-    #[command(after_help = "Example:
+    #[command(
+        visible_alias = "changes",
+        after_help = "Examples:
   blksnap-agent cbt extents /dev/sdb1 --since 6fb1c7f0-93c8-4d29-9d1a-8a5a6d8d5a11:3
+  blksnap-agent cbt extents /dev/sdb1 --since 6fb1c7f0-93c8-4d29-9d1a-8a5a6d8d5a11:3 --lines | jq -c
 
 Generation and number come from `snapshot info` or `backup` of that earlier take. Where no answer can be
-trusted, it is \"full needed\" with the reason.")]
+trusted, it is \"full needed\" with the reason."
+    )]
     Extents {
         /// Tracked device
         device: PathBuf,
         /// The earlier take
         #[arg(long, value_name = "GENERATION:NUMBER", value_parser = parse_base)]
         since: api::Base,
+        /// A JSON object a line, as they come: a head, the extents, and an end with their number
+        #[arg(long)]
+        lines: bool,
     },
     /// Read the map of the last take: one byte a block, the number of the take before which it last changed
     #[command(after_help = "Examples:

@@ -1,6 +1,5 @@
 //! `cbt info`, `extents`, `map` and `mark`.
 
-use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -10,10 +9,8 @@ use super::device::select;
 use super::size::human;
 use super::table::{Align, Table};
 use super::{Context, absolute, write_out};
-use crate::cbt::ChangedAnswer;
 use crate::control::api::{self, CbtInfo};
 use crate::control::client::with_query;
-use crate::units::Extent;
 
 pub(super) async fn run(context: &Context, command: &Cbt) -> Result<()> {
     match command {
@@ -22,20 +19,7 @@ pub(super) async fn run(context: &Context, command: &Cbt) -> Result<()> {
             let maps: Vec<CbtInfo> = devices.into_iter().map(|device| device.cbt).collect();
             context.print(&maps, |maps| info(maps))
         }
-        Cbt::Extents { device, since } => {
-            let (generation, number) = (since.generation.to_string(), since.number.to_string());
-            let device = absolute(device)?;
-            let path = with_query(
-                "/v1/cbt/extents",
-                &[
-                    ("device", &device),
-                    ("generation", &generation),
-                    ("number", &number),
-                ],
-            );
-            let answer: ChangedAnswer = context.client.get(&path).await?;
-            context.print(&answer, extents)
-        }
+        Cbt::Extents { device, since, lines } => super::extents::run(context, device, since, *lines).await,
         Cbt::Heat {
             device,
             file,
@@ -81,35 +65,6 @@ fn info(maps: &[CbtInfo]) -> String {
         ]);
     }
     table.text()
-}
-
-fn extents(answer: &ChangedAnswer) -> String {
-    match answer {
-        ChangedAnswer::Changed {
-            generation,
-            number,
-            extents,
-            ..
-        } => {
-            let mut table = Table::new([("OFFSET", Align::Right), ("LENGTH", Align::Right)]);
-            for Extent { offset, length } in extents {
-                table.row([offset.to_string(), length.to_string()]);
-            }
-            let bytes = extents.iter().map(|extent| extent.length).sum();
-            let mut text = table.text();
-            // Writing to a string can't fail.
-            let _ = writeln!(
-                text,
-                "{} extents, {}, up to {generation}:{number}",
-                extents.len(),
-                human(bytes)
-            );
-            text
-        }
-        ChangedAnswer::Full { full_needed } => {
-            format!("full needed ({}): {}\n", full_needed.reason, full_needed.detail)
-        }
-    }
 }
 
 async fn map(context: &Context, device: &Path, file: Option<&Path>) -> Result<()> {

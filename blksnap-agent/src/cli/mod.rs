@@ -11,6 +11,7 @@ mod cbt;
 mod daemon;
 mod device;
 mod doctor;
+mod extents;
 mod generate;
 mod heat;
 mod nbd;

@@ -12,6 +12,7 @@
 //! | `POST /v1/devices/detach` | [`DeviceName`] | [`Empty`] |
 //! | `GET /v1/cbt?device=` | | [`CbtInfo`] |
 //! | `GET /v1/cbt/extents?device=&generation=&number=` | | [`crate::cbt::ChangedAnswer`] |
+//! | the same with `&lines=true` | | lines of [`crate::cbt::ChangedLine`] |
 //! | `GET /v1/cbt/map?device=&offset=&length=` | | the map's bytes, one a block |
 //! | `GET /v1/cbt/heat?device=&buckets=` | | [`Heat`] |
 //! | `POST /v1/cbt/mark` | [`Mark`] | [`Marked`] |
@@ -174,6 +175,9 @@ pub struct ChangesQuery {
     pub generation: Generation,
     /// Number of the base.
     pub number: u8,
+    /// Answer with a JSON object a line.
+    #[serde(default)]
+    pub lines: bool,
 }
 
 /// Question for bytes of the map of the last take.

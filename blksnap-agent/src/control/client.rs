@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -196,6 +197,18 @@ impl Client {
         self.collect(self.send(Method::GET, path, None).await?).await
     }
 
+    /// `GET` with an answer of a JSON object a line.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn get_lines<T: DeserializeOwned>(&self, path: &str) -> Result<Objects<T>, ClientError> {
+        Ok(Objects {
+            lines: Lines::of(self.send(Method::GET, path, None).await?),
+            client: self.clone(),
+            kind: PhantomData,
+        })
+    }
+
     /// `POST` with an answer in JSON.
     ///
     /// # Errors
@@ -231,25 +244,83 @@ impl Client {
         mut progress: impl FnMut(&Progress),
     ) -> Result<T, ClientError> {
         let response = self.send(Method::POST, path, self.encode(body)?).await?;
-        let mut body = response.into_body();
-        let mut rest = Vec::new();
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| self.broken(error))?;
-            let Some(data) = frame.data_ref() else { continue };
-            rest.extend_from_slice(data);
-            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = rest.drain(..=end).collect();
-                match serde_json::from_slice(&line).map_err(|error| self.broken(error))? {
-                    Event::Progress(now) => progress(&now),
-                    Event::Done { result } => return Ok(result),
-                    Event::Error(body) => return Err(ClientError::Refused(body)),
-                }
-            }
-            if rest.len() > LINE_BYTES {
-                return Err(self.broken("a line of the answer is too long"));
+        let mut lines = Lines::of(response);
+        while let Some(line) = lines.next(self).await? {
+            match serde_json::from_slice(&line).map_err(|error| self.broken(error))? {
+                Event::Progress(now) => progress(&now),
+                Event::Done { result } => return Ok(result),
+                Event::Error(body) => return Err(ClientError::Refused(body)),
             }
         }
         Err(self.broken("it ended before the work was done"))
+    }
+}
+
+/// The objects of an answer, as they come.
+#[derive(Debug)]
+pub struct Objects<T> {
+    lines: Lines,
+    client: Client,
+    kind: PhantomData<T>,
+}
+
+impl<T: DeserializeOwned> Objects<T> {
+    /// The next one; none when the answer ended as it should.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn next(&mut self) -> Result<Option<T>, ClientError> {
+        let Some(line) = self.lines.next(&self.client).await? else {
+            return Ok(None);
+        };
+        let object = serde_json::from_slice(&line).map_err(|error| self.client.broken(error))?;
+        Ok(Some(object))
+    }
+}
+
+/// The lines of an answer.
+#[derive(Debug)]
+struct Lines {
+    body: Incoming,
+    /// What has come and was not given yet, from `used` on.
+    rest: Vec<u8>,
+    used: usize,
+}
+
+impl Lines {
+    fn of(response: Response<Incoming>) -> Self {
+        Self {
+            body: response.into_body(),
+            rest: Vec::new(),
+            used: 0,
+        }
+    }
+
+    /// The next line; what comes after the last end of a line is left out.
+    async fn next(&mut self, client: &Client) -> Result<Option<Vec<u8>>, ClientError> {
+        let mut looked = self.used;
+        loop {
+            if let Some(length) = self.rest[looked..].iter().position(|byte| *byte == b'\n') {
+                let end = looked + length + 1;
+                let line = self.rest[self.used..end].to_vec();
+                self.used = end;
+                return Ok(Some(line));
+            }
+            self.rest.drain(..self.used);
+            self.used = 0;
+            looked = self.rest.len();
+            if looked > LINE_BYTES {
+                return Err(client.broken("a line of the answer is too long"));
+            }
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(frame) => {
+                    let frame = frame.map_err(|error| client.broken(error))?;
+                    self.rest
+                        .extend_from_slice(frame.data_ref().map_or(&[], |data| &data[..]));
+                }
+            }
+        }
     }
 }
 

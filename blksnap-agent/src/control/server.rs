@@ -3,6 +3,7 @@
 //! A handler takes the request apart, runs the [`Service`] on a thread for blocking work, and puts the answer
 //! together. What can be wrong with a request is answered as JSON too, also an unknown route.
 
+use std::convert::Infallible;
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::api;
 use super::error::{ApiError, Code};
 use super::stream::{self, Reporter};
-use crate::cbt::ChangedReport;
+use crate::cbt::{ChangedForm, ChangedReport};
 use crate::units::SnapshotId;
 
 /// Largest request in bytes: room for half a million ranges of `cbt mark`.
@@ -29,6 +30,9 @@ const REQUEST_BYTES: usize = 32 << 20;
 
 /// Content type of what `/metrics` answers.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Bytes of a map, made as they are sent.
+pub type MapPieces = Box<dyn Iterator<Item = Bytes> + Send>;
 
 /// What the daemon does for its clients. Every call may block.
 pub trait Service: Send + Sync + 'static {
@@ -63,7 +67,7 @@ pub trait Service: Send + Sync + 'static {
     ///
     /// # Errors
     /// Not attached, never taken, or out of range.
-    fn cbt_map(&self, request: &api::MapQuery) -> Result<Bytes, ApiError>;
+    fn cbt_map(&self, request: &api::MapQuery) -> Result<MapPieces, ApiError>;
     /// Where and how recently a device changed.
     ///
     /// # Errors
@@ -240,16 +244,25 @@ async fn cbt_info(
 async fn cbt_extents(
     State(context): State<Context>,
     Asked(request): Asked<api::ChangesQuery>,
-) -> Answer<ChangedReport> {
-    answer(context, move |service| service.cbt_extents(&request)).await
+) -> Result<Response, ApiError> {
+    let (form, kind) = if request.lines {
+        (ChangedForm::Lines, "application/x-ndjson")
+    } else {
+        (ChangedForm::Document, "application/json")
+    };
+    let report = blocking(context, move |service| service.cbt_extents(&request)).await?;
+    // Made as the client reads. An error breaks the answer off: what was sent of it is void.
+    let body = axum::body::Body::from_stream(futures_util::stream::iter(report.parts(form)));
+    Ok(([(header::CONTENT_TYPE, kind)], body).into_response())
 }
 
 async fn cbt_map(
     State(context): State<Context>,
     Asked(request): Asked<api::MapQuery>,
 ) -> Result<Response, ApiError> {
-    let bytes = blocking(context, move |service| service.cbt_map(&request)).await?;
-    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes).into_response())
+    let pieces = blocking(context, move |service| service.cbt_map(&request)).await?;
+    let body = axum::body::Body::from_stream(futures_util::stream::iter(pieces.map(Ok::<_, Infallible>)));
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response())
 }
 
 async fn cbt_heat(

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::api;
 use super::client::{Client, ClientError};
 use super::error::{ApiError, Code};
-use super::server::{Service, router, serve_unix};
+use super::server::{MapPieces, Service, router, serve_unix};
 use super::stream::Reporter;
 use crate::cbt::ChangedReport;
 use crate::nbd::socket::listen_on;
@@ -52,8 +52,9 @@ impl Service for Script {
     fn cbt_extents(&self, _: &api::ChangesQuery) -> Result<ChangedReport, ApiError> {
         refuse("extents")
     }
-    fn cbt_map(&self, _: &api::MapQuery) -> Result<Bytes, ApiError> {
-        Ok(Bytes::from_static(&[0, 1, 2, 255]))
+    fn cbt_map(&self, _: &api::MapQuery) -> Result<MapPieces, ApiError> {
+        let pieces: [&[u8]; 2] = [&[0, 1], &[2, 255]];
+        Ok(Box::new(pieces.into_iter().map(Bytes::from_static)))
     }
     fn cbt_heat(&self, _: &api::HeatQuery) -> Result<api::Heat, ApiError> {
         refuse("heat")

@@ -11,6 +11,7 @@ use super::{Agent, Purpose};
 use crate::cbt::{Base, CbtMap, ChangedReport, FullReason, Heat, ResetReason};
 use crate::control::api;
 use crate::control::error::{ApiError, Code};
+use crate::control::server::MapPieces;
 use crate::tracker::{Granularity, MarkError, TrackedDevice};
 use crate::units::{BlockSize, Sectors};
 
@@ -140,7 +141,7 @@ impl Agent {
         Ok(ChangedReport::since(map, &base))
     }
 
-    pub(super) fn read_map(&self, request: &api::MapQuery) -> Result<Bytes, ApiError> {
+    pub(super) fn read_map(&self, request: &api::MapQuery) -> Result<MapPieces, ApiError> {
         let action = "read the change map of";
         let device = self.tracked(&request.device, action)?;
         device.check_doubt();
@@ -157,7 +158,8 @@ impl Agent {
             };
             ApiError::new(code, format!("{action} {}: {full}", request.device), remedy)
         })?;
-        let all = map.blocks().len() as u64;
+        let blocks = map.blocks().clone();
+        let all = blocks.len() as u64;
         let end = match request.length {
             Some(length) => request.offset.checked_add(length),
             None => Some(all),
@@ -175,12 +177,12 @@ impl Agent {
                 "ask for a range within the map",
             ));
         };
-        Ok(map
-            .blocks()
-            .slices(start, end)
-            .collect::<Vec<_>>()
-            .concat()
-            .into())
+        let mut at = start;
+        Ok(Box::new(std::iter::from_fn(move || {
+            let piece = blocks.slices(at, end).next().map(Bytes::copy_from_slice)?;
+            at += piece.len();
+            Some(piece)
+        })))
     }
 
     pub(super) fn heat(&self, request: &api::HeatQuery) -> Result<api::Heat, ApiError> {

@@ -13,7 +13,6 @@ mod snapshots;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use axum::body::Bytes;
 use blksnap_common::track::ABI_VERSION;
 
 use self::claims::{Claim, Claimed, Claims, Purpose};
@@ -25,7 +24,7 @@ use super::lifecycle::Config;
 use crate::cbt::{ChangedReport, TrackingParams};
 use crate::control::api;
 use crate::control::error::{ApiError, Code};
-use crate::control::server::Service;
+use crate::control::server::{MapPieces, Service};
 use crate::control::stream::Reporter;
 use crate::disk::BlockDevice;
 use crate::nbd::counters::Counters;
@@ -225,7 +224,7 @@ impl Service for Agent {
         self.changes(request)
     }
 
-    fn cbt_map(&self, request: &api::MapQuery) -> Result<Bytes, ApiError> {
+    fn cbt_map(&self, request: &api::MapQuery) -> Result<MapPieces, ApiError> {
         self.read_map(request)
     }
 
