@@ -7,6 +7,7 @@
 //! - [`Zram`]: a disk in memory.
 //! - [`Tamper`]: changes what a daemon shares with the kernel.
 //! - [`Interrupt`]: signals, for programs that must clean up after themselves.
+//! - [`nbd`]: the client's side of the NBD protocol, as an oracle.
 //! - [`seed`]: the seed of a random test, printed, or given by `BLKSNAP_SEED` to repeat a run.
 //!
 //! All of it needs root, and nothing of it ever touches a device that it did not make.
@@ -14,6 +15,7 @@
 mod daemon;
 mod interrupt;
 mod loopdev;
+pub mod nbd;
 mod tamper;
 mod writer;
 mod zram;

@@ -5,7 +5,7 @@ use zerocopy::IntoBytes;
 use super::catalog::{BlockSizes, Catalog, ExportFacts, Found};
 use super::context::{ContextName, SelectedContext};
 use super::handshake::{Answer, Established, Handshake, HandshakeError, Selection, State, Step};
-use super::limits::{MAX_CONTEXTS, MAX_STRING};
+use super::limits::{MAX_CONTEXTS, MAX_MESSAGE};
 use super::option::{ContextRequest, InfoRequest, Refusal, string, write_ack, write_refusal, write_reply};
 use super::session::{Framing, Session};
 use super::wire::{
@@ -200,7 +200,7 @@ impl Handshake {
             .filter_map(|query| catalog.refuse_context(&export, query))
             .next()
         {
-            let reason = &reason[..reason.floor_char_boundary(MAX_STRING)];
+            let reason = &reason[..reason.floor_char_boundary(MAX_MESSAGE)];
             let (option, invalid) = (OptionType::SetMetaContext, OptionReplyType::ErrInvalid);
             write_reply(out, option.number(), invalid, &[reason.as_bytes()]);
             return Ok(());

@@ -19,5 +19,10 @@ pub const MAX_QUERIES: u32 = 128;
 /// Most metadata contexts selected at once.
 pub const MAX_CONTEXTS: usize = 16;
 
-/// Most extents in one status chunk; the specification allows 2^20, fewer are always allowed.
+/// Most extents in one status chunk; the specification allows 2^20, fewer are always allowed. A small largest payload
+/// makes it fewer ([`super::Session::most_extents`]).
 pub const MAX_EXTENTS: usize = 1 << 16;
+
+/// Longest error message in bytes: what the specification recommends for every string. It also is below the smallest
+/// largest payload that an export can advertise.
+pub const MAX_MESSAGE: usize = 256;

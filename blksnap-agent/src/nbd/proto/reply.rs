@@ -8,7 +8,7 @@
 
 use zerocopy::IntoBytes;
 
-use super::limits::{MAX_EXTENTS, MAX_STRING};
+use super::limits::MAX_MESSAGE;
 use super::transmission::Framing;
 use super::wire::{
     BlockDescriptor, BlockStatusHead, ChunkHeader, ChunkType, EXTENDED_REPLY_MAGIC, ErrorChunk, ErrorCode,
@@ -101,13 +101,13 @@ pub fn done(out: &mut Vec<u8>, ticket: Ticket) {
     }
 }
 
-/// Appends the failure of a request. `message` is cut to the longest string the protocol allows.
+/// Appends the failure of a request. `message` is cut to [`MAX_MESSAGE`].
 pub fn error(out: &mut Vec<u8>, ticket: Ticket, error: ErrorCode, message: &str) {
     if !ticket.framing.has_chunks() {
         out.extend_from_slice(simple(ticket, error.number()).as_bytes());
         return;
     }
-    let message = &message[..message.floor_char_boundary(MAX_STRING)];
+    let message = &message[..message.floor_char_boundary(MAX_MESSAGE)];
     chunk(
         out,
         ticket,
@@ -124,12 +124,11 @@ pub fn error(out: &mut Vec<u8>, ticket: Ticket, error: ErrorCode, message: &str)
 }
 
 /// Extents as they answer a status request of `length` bytes: neighbours with equal flags become one, nothing reaches
-/// beyond the request, `one` keeps the first only. Empty if `extents` tells nothing about the first byte.
+/// beyond the request, at most `most` are kept. Empty if `extents` tells nothing about the first byte.
 #[must_use]
-pub fn merged(extents: &[StatusExtent], length: u64, one: bool) -> Vec<StatusExtent> {
+pub fn merged(extents: &[StatusExtent], length: u64, most: usize) -> Vec<StatusExtent> {
     let mut merged: Vec<StatusExtent> = Vec::new();
     let mut left = length;
-    let most = if one { 1 } else { MAX_EXTENTS };
     for extent in extents {
         let taken = extent.length.min(left);
         if taken == 0 {

@@ -2,7 +2,8 @@
 
 use super::catalog::BlockSizes;
 use super::context::SelectedContext;
-use super::wire::TransmissionFlags;
+use super::limits::MAX_EXTENTS;
+use super::wire::{BlockDescriptor, ExtendedBlockDescriptor, TransmissionFlags};
 
 /// Form of requests and replies, as negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,4 +37,17 @@ pub struct Session {
     pub flags: TransmissionFlags,
     /// Selected metadata contexts.
     pub contexts: Vec<SelectedContext>,
+}
+
+impl Session {
+    /// Most extents in a status chunk, so that it keeps the largest payload.
+    #[must_use]
+    pub fn most_extents(&self) -> usize {
+        let size = if self.framing == Framing::Extended {
+            size_of::<ExtendedBlockDescriptor>()
+        } else {
+            size_of::<BlockDescriptor>()
+        };
+        MAX_EXTENTS.min(self.block_sizes.maximum() as usize / size)
+    }
 }

@@ -57,7 +57,6 @@ use super::counters::{Counters, add};
 use super::end::{End, Phase};
 use super::export::Export;
 use super::limits::{Budget, ServerLimits};
-use super::proto::limits::MAX_EXTENTS;
 use super::proto::reply::{self, MAX_READ_PREFIX};
 use super::proto::wire::CommandType;
 use super::proto::{
@@ -461,7 +460,9 @@ impl Transmission {
                 let most = if one {
                     1
                 } else {
-                    usize::try_from(length).unwrap_or(usize::MAX).min(MAX_EXTENTS)
+                    usize::try_from(length)
+                        .unwrap_or(usize::MAX)
+                        .min(self.session.most_extents())
                 };
                 most * 4 * size_of::<StatusExtent>() * contexts.len()
             }

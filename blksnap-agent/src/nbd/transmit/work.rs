@@ -13,7 +13,6 @@ use crate::nbd::buffers::{Buffer, Buffers};
 use crate::nbd::counters::{Counters, add, subtract};
 use crate::nbd::export::{Export, ExportError, ZeroOptions};
 use crate::nbd::limits::Held;
-use crate::nbd::proto::limits::MAX_EXTENTS;
 use crate::nbd::proto::reply::{self, MAX_READ_PREFIX};
 use crate::nbd::proto::{Command, ErrorCode, Request, SelectedContext, Session, StatusExtent, Ticket};
 use crate::nbd::wake::Waker;
@@ -189,7 +188,10 @@ impl Job {
                 .iter()
                 .enumerate()
                 .filter(|(place, _)| contexts.contains(*place))
-                .map(|(_, context)| status(&*export, context, offset, length, one))
+                .map(|(_, context)| {
+                    let most = if one { 1 } else { session.most_extents() };
+                    status(&*export, context, offset, length, most)
+                })
                 .collect::<Result<Vec<_>, _>>()
                 .map(|contexts| reply::block_status(&mut head, ticket, &contexts)),
             Command::Write { offset, length, fua } => export
@@ -229,11 +231,10 @@ fn status(
     context: &SelectedContext,
     offset: u64,
     length: u64,
-    one: bool,
+    most: usize,
 ) -> Result<(u32, Vec<StatusExtent>), ExportError> {
-    let most = if one { 1 } else { MAX_EXTENTS };
     let extents = export.block_status(&context.name, offset, length, most)?;
-    let extents = reply::merged(&extents, length, one);
+    let extents = reply::merged(&extents, length, most);
     if extents.is_empty() {
         return Err(ExportError::Io {
             name: export.name().to_owned(),

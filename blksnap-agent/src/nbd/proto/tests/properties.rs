@@ -211,7 +211,7 @@ proptest! {
             list.iter().map(|&(length, flags)| StatusExtent { length, flags }).collect();
         let bytes: Vec<u32> =
             list.iter().flat_map(|&(length, flags)| (0..length).map(move |_| flags)).collect();
-        let merged = reply::merged(&extents, length, one);
+        let merged = reply::merged(&extents, length, if one { 1 } else { 100 });
         let told: Vec<u32> = merged
             .iter()
             .flat_map(|one| (0..one.length).map(|_| one.flags))

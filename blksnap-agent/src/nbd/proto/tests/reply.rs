@@ -1,6 +1,6 @@
 //! Reply: a test for each form of answer.
 
-use super::super::limits::{MAX_EXTENTS, MAX_STRING};
+use super::super::limits::{MAX_EXTENTS, MAX_MESSAGE, MAX_STRING};
 use super::super::reply::{self, StatusExtent, Ticket};
 use super::super::transmission::Framing;
 use super::super::wire::ErrorCode;
@@ -89,7 +89,7 @@ fn structured_errors_carry_a_message_that_fits() {
     reply::error(&mut out, ticket(Framing::Structured), ErrorCode::Io, &long);
     let (_, _, payload, rest) = chunk(&out);
     let length = usize::from(u16::from_be_bytes([payload[4], payload[5]]));
-    assert!(length <= MAX_STRING && length + 6 == payload.len() && rest.is_empty());
+    assert!(length <= MAX_MESSAGE && length + 6 == payload.len() && rest.is_empty());
     assert!(std::str::from_utf8(&payload[6..]).is_ok());
 }
 
@@ -100,7 +100,7 @@ fn extents(list: &[(u64, u32)]) -> Vec<StatusExtent> {
 }
 
 fn described(list: &[(u64, u32)], length: u64, one: bool) -> Vec<(u64, u32)> {
-    reply::merged(&extents(list), length, one)
+    reply::merged(&extents(list), length, if one { 1 } else { MAX_EXTENTS })
         .iter()
         .map(|extent| (extent.length, extent.flags))
         .collect()
@@ -134,8 +134,11 @@ fn descriptors_are_bounded() {
 #[test]
 fn block_status_has_a_chunk_for_each_context() {
     let contexts = [
-        (1, reply::merged(&extents(&[(512, 3), (512, 0)]), 1024, false)),
-        (7, reply::merged(&extents(&[(1024, 1)]), 1024, false)),
+        (
+            1,
+            reply::merged(&extents(&[(512, 3), (512, 0)]), 1024, MAX_EXTENTS),
+        ),
+        (7, reply::merged(&extents(&[(1024, 1)]), 1024, MAX_EXTENTS)),
     ];
     let mut out = Vec::new();
     reply::block_status(&mut out, ticket(Framing::Structured), &contexts);
@@ -191,9 +194,9 @@ fn extended_status_has_wide_descriptors_and_their_count() {
     let contexts = [
         (
             1,
-            reply::merged(&extents(&[(long, 3), (512, 0)]), long + 512, false),
+            reply::merged(&extents(&[(long, 3), (512, 0)]), long + 512, MAX_EXTENTS),
         ),
-        (7, reply::merged(&extents(&[(1024, 1)]), 1024, false)),
+        (7, reply::merged(&extents(&[(1024, 1)]), 1024, MAX_EXTENTS)),
     ];
     let mut out = Vec::new();
     reply::block_status(&mut out, ticket(Framing::Extended), &contexts);
