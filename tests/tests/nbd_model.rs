@@ -55,31 +55,31 @@ fn query() -> impl Strategy<Value = String> {
 
 /// An option: mostly well formed.
 fn any_option() -> impl Strategy<Value = Vec<u8>> {
-    let bare = prop::sample::select(vec![
-        opt::ABORT,
-        opt::LIST,
-        opt::STARTTLS,
-        opt::STRUCTURED_REPLY,
-        opt::EXTENDED_HEADERS,
-    ]);
+    let bare = prop_oneof![
+        1 => Just(opt::ABORT),
+        3 => Just(opt::LIST),
+        2 => Just(opt::STARTTLS),
+        9 => Just(opt::STRUCTURED_REPLY),
+        9 => Just(opt::EXTENDED_HEADERS),
+    ];
     let data = || prop::collection::vec(any::<u8>(), 0..40);
     let well_formed = prop_oneof![
         6 => bare.clone().prop_map(|number| option(number, b"")),
         1 => (bare, data()).prop_map(|(number, data)| option(number, &data)),
         1 => name().prop_map(|name| option(opt::EXPORT_NAME, name.as_bytes())),
-        3 => (6_u32..8, name(), prop::collection::vec(0_u16..5, 0..4))
+        2 => (6_u32..8, name(), prop::collection::vec(0_u16..5, 0..4))
             .prop_map(|(number, name, kinds)| option(number, &info(&name, &kinds))),
-        4 => (9_u32..11, name(), prop::collection::vec(query(), 0..4)).prop_map(|(number, name, queries)| {
+        7 => (9_u32..11, name(), prop::collection::vec(query(), 0..4)).prop_map(|(number, name, queries)| {
             let queries: Vec<&str> = queries.iter().map(String::as_str).collect();
             option(number, &contexts(&name, &queries))
         }),
         1 => (any::<u32>(), data()).prop_map(|(number, data)| option(number, &data)),
-        1 => (0_u32..13, any::<u32>(), data())
+        1 => (0_u32..13, 0_u32..100, data())
             .prop_map(|(number, length, data)| option_claiming(number, length, &data)),
     ];
     (
         well_formed,
-        prop::option::weighted(0.1, (any::<Index>(), any::<u8>())),
+        prop::option::weighted(0.03, (any::<Index>(), any::<u8>())),
     )
         .prop_map(|(mut bytes, broken)| {
             if let Some((place, value)) = broken {
@@ -106,8 +106,9 @@ fn any_request() -> impl Strategy<Value = Request> {
         1 => 0_u16..64,
         1 => any::<u16>(),
     ];
-    let command = prop_oneof![12 => 0_u16..8, 1 => Just(cmd::RESIZE), 1 => any::<u16>()];
-    let ids = prop::collection::vec(1_u32..6, 0..4);
+    let command =
+        prop_oneof![9 => 0_u16..8, 5 => Just(cmd::BLOCK_STATUS), 1 => Just(cmd::RESIZE), 1 => any::<u16>()];
+    let ids = prop::collection::vec(prop_oneof![8 => 1_u32..4, 1 => any::<u32>()], 0..4);
     (command, flags, range, any::<u64>(), ids, any::<u8>()).prop_map(
         |(command, flags, (offset, length), cookie, ids, fill)| {
             let request = match command {
@@ -143,7 +144,7 @@ fn agreed() -> impl Strategy<Value = Agreed> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(1024))]
 
     #[test]
     fn a_handshake_is_what_the_model_says_in_any_pieces(
@@ -152,7 +153,8 @@ proptest! {
         options in prop::collection::vec(any_option(), 0..10),
         cuts in cuts(),
     ) {
-        let input = [flags.to_be_bytes().to_vec(), options.concat()].concat();
+        let go = option(opt::GO, &info("disk", &[]));
+        let input = [flags.to_be_bytes().to_vec(), options.concat(), go].concat();
         check_handshake(tls, &input, &cuts);
     }
 

@@ -3,6 +3,8 @@
 //! The functions panic when the core is wrong. Property tests give them what clients say, fuzz targets give them
 //! anything.
 
+use std::collections::BTreeSet;
+
 use blksnap_agent::nbd::proto::wire::{CommandType, TransmissionFlags};
 use blksnap_agent::nbd::proto::{
     self, BlockSizes, Catalog, Command, ContextName, Event, ExportFacts, Found, Handshake, Listed, Requests,
@@ -102,12 +104,14 @@ struct Handshaken {
     left: Vec<u8>,
     /// Length of the output when TLS began.
     tls_at: Option<usize>,
+    /// What the transmission begins with.
+    session: Option<Session>,
 }
 
 fn shake_hands(tls: Tls, pieces: &[&[u8]]) -> Handshaken {
     let mut output = Vec::new();
     let mut handshake = Handshake::start(tls, &mut output);
-    let (mut end, mut tls_at) = ("open".to_owned(), None);
+    let (mut end, mut tls_at, mut session) = ("open".to_owned(), None, None);
     let mut left = Vec::new();
     let mut over = false;
     for piece in pieces {
@@ -137,7 +141,8 @@ fn shake_hands(tls: Tls, pieces: &[&[u8]]) -> Handshaken {
                     continue;
                 }
                 Ok(Step::Enter(established)) => {
-                    end = format!("{} {:?}", established.export, established.session);
+                    end = format!("entered {}", established.export);
+                    session = Some(established.session);
                 }
                 Ok(Step::End) => end = "ended".to_owned(),
                 Err(error) => end = error.to_string(),
@@ -151,6 +156,7 @@ fn shake_hands(tls: Tls, pieces: &[&[u8]]) -> Handshaken {
         end,
         left,
         tls_at,
+        session,
     }
 }
 
@@ -172,8 +178,14 @@ pub fn check_handshake(tls: Tls, input: &[u8], cuts: Cuts<'_>) {
     check_replies(tls, input, &whole);
 }
 
-/// An option of the client with the length that it claims.
-fn options(mut input: &[u8]) -> Vec<(u32, u32)> {
+/// An option of the client, with the length that it claims and the data that is there.
+struct Sent<'a> {
+    number: u32,
+    length: u32,
+    data: &'a [u8],
+}
+
+fn options(mut input: &[u8]) -> Vec<Sent<'_>> {
     let mut options = Vec::new();
     while let Some((header, rest)) = input.split_at_checked(16) {
         let number = |at: usize| {
@@ -184,13 +196,70 @@ fn options(mut input: &[u8]) -> Vec<(u32, u32)> {
         if &header[..8] != b"IHAVEOPT" {
             break;
         }
-        options.push((number(8), number(12)));
-        let Some(rest) = rest.get(number(12) as usize..) else {
-            break;
-        };
+        let (data, rest) = rest.split_at(rest.len().min(number(12) as usize));
+        options.push(Sent {
+            number: number(8),
+            length: number(12),
+            data,
+        });
         input = rest;
     }
     options
+}
+
+/// What a session should have negotiated, from its options and their replies.
+#[derive(Debug, Default)]
+struct Negotiated {
+    framing: u32,
+    /// Export and identifiers.
+    selected: (String, Vec<u32>),
+}
+
+impl Negotiated {
+    /// The export that an option names; an empty name is the default export.
+    fn export(data: &[u8]) -> String {
+        let length = data
+            .first_chunk::<4>()
+            .map_or(0, |length| u32::from_be_bytes(*length));
+        let name = data.get(4..4 + length as usize).unwrap_or_default();
+        match String::from_utf8_lossy(name).into_owned() {
+            name if name.is_empty() => "disk".to_owned(),
+            name => name,
+        }
+    }
+
+    fn follow(&mut self, sent: &Sent<'_>, kind: u32, ids: Vec<u32>) {
+        match sent.number {
+            opt::STRUCTURED_REPLY | opt::EXTENDED_HEADERS if kind == rep::ACK => {
+                self.framing = self.framing.max(sent.number);
+            }
+            opt::SET_META_CONTEXT if kind == rep::ACK => {
+                let distinct: BTreeSet<u32> = ids.iter().copied().collect();
+                assert_eq!(distinct.len(), ids.len(), "identifiers are unique");
+                self.selected = (Self::export(sent.data), ids);
+            }
+            // A selection that fails replaces the one before, too.
+            opt::SET_META_CONTEXT => self.selected = Default::default(),
+            _ => {}
+        }
+    }
+
+    fn check(&self, export: &str, session: &Session) {
+        let framing = match session.framing {
+            proto::Framing::Simple => 0,
+            proto::Framing::Structured => opt::STRUCTURED_REPLY,
+            proto::Framing::Extended => opt::EXTENDED_HEADERS,
+        };
+        assert_eq!(framing, self.framing);
+        let ids: Vec<u32> = session.contexts.iter().map(|context| context.id).collect();
+        let (of, selected) = &self.selected;
+        let wanted = if of == export { selected.as_slice() } else { &[] };
+        assert_eq!(
+            ids, wanted,
+            "contexts of {export}, selected were {:?}",
+            self.selected
+        );
+    }
 }
 
 /// Checks that the replies answer the options, one after the other.
@@ -199,29 +268,23 @@ fn check_replies(tls: Tls, input: &[u8], told: &Handshaken) {
     assert_eq!(output.get(..18), Some(b"NBDMAGICIHAVEOPT\0\x03".as_slice()));
     output = &output[18..];
     let options = options(input.get(4..).unwrap_or_default());
-    let mut secure = false;
+    let (mut secure, mut negotiated) = (false, Negotiated::default());
     let mut options = options.iter();
-    let mut infos = 0;
-    // What the last option was answered with, to know what follows.
+    let (mut infos, mut ids) = (0, Vec::new());
     while !output.is_empty() {
-        let position = told.output.len() - output.len();
+        if told.tls_at == Some(told.output.len() - output.len()) {
+            (secure, negotiated) = (true, Negotiated::default());
+        }
         let reply = match OptionReply::take(&mut output) {
             Ok(Some(reply)) => reply,
             other => {
                 // EXPORT_NAME is answered without a header, at the very end.
-                assert!(
-                    [10, 134].contains(&output.len())
-                        && options
-                            .next()
-                            .is_some_and(|(number, _)| *number == opt::EXPORT_NAME),
-                    "{other:?}"
-                );
+                assert!([10, 134].contains(&output.len()), "{other:?}");
+                let sent = options.next().expect("an option");
+                assert_eq!(sent.number, opt::EXPORT_NAME, "{other:?}");
                 return;
             }
         };
-        if told.tls_at == Some(position) {
-            secure = true;
-        }
         infos += usize::from(reply.kind == rep::INFO && reply.data.starts_with(&[0, 0]));
         if !reply.is_final() {
             let wanted = match reply.kind {
@@ -230,20 +293,29 @@ fn check_replies(tls: Tls, input: &[u8], told: &Handshaken) {
                 _ => [opt::LIST_META_CONTEXT, opt::SET_META_CONTEXT],
             };
             assert!(wanted.contains(&reply.option), "{reply:?}");
+            if reply.kind == rep::META_CONTEXT {
+                ids.extend(reply.data.first_chunk::<4>().map(|id| u32::from_be_bytes(*id)));
+            }
             continue;
         }
-        let (number, length) = *options.next().expect("a reply to an option that was not sent");
-        assert_eq!(reply.option, number);
-        if [opt::INFO, opt::GO].contains(&number) && reply.kind == rep::ACK {
+        let sent = options.next().expect("a reply to an option that was not sent");
+        assert_eq!(reply.option, sent.number);
+        if [opt::INFO, opt::GO].contains(&sent.number) && reply.kind == rep::ACK {
             assert_eq!(infos, 1, "NBD_INFO_EXPORT once before the acknowledgement");
         }
         infos = 0;
-        check_outcome(tls, secure, number, length, reply.kind);
+        check_outcome(tls, secure, sent, reply.kind);
+        negotiated.follow(sent, reply.kind, std::mem::take(&mut ids));
+        if sent.number == opt::GO && reply.kind == rep::ACK {
+            let session = told.session.as_ref().expect("a session after GO");
+            negotiated.check(&Negotiated::export(sent.data), session);
+        }
     }
 }
 
 /// Checks the type of a final reply.
-fn check_outcome(tls: Tls, secure: bool, number: u32, length: u32, kind: u32) {
+fn check_outcome(tls: Tls, secure: bool, sent: &Sent<'_>, kind: u32) {
+    let (number, length) = (sent.number, sent.length);
     if number == opt::ABORT {
         assert_eq!(kind, rep::ACK);
         return;
