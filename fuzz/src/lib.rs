@@ -8,6 +8,8 @@
 
 mod checksum;
 mod frame_oracle;
+pub mod nbd_handshake;
+pub mod nbd_transmission;
 pub mod ring_record;
 pub mod saved_map;
 pub mod state_file;
@@ -23,6 +25,14 @@ pub struct Target {
 
 /// All targets.
 pub const TARGETS: &[Target] = &[
+    Target {
+        name: "nbd_handshake",
+        run: nbd_handshake::run,
+    },
+    Target {
+        name: "nbd_transmission",
+        run: nbd_transmission::run,
+    },
     Target {
         name: "ring_record",
         run: ring_record::run,

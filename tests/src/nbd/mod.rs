@@ -11,17 +11,22 @@
 //! | [`model`] | what a server has to do with a stream of requests |
 //! | [`oracle`] | the server's core beside model and parser |
 //! | [`client`] | a client on a socket |
+//! | [`served`] | a server in a process of its own |
+//! | [`siege`] | such a server under attack |
 
 pub mod build;
 pub mod client;
 pub mod model;
 pub mod oracle;
 pub mod parse;
+pub mod served;
+pub mod siege;
 
 pub use build::{Framing, Request};
 pub use client::{Client, Haggling};
 pub use model::{Agreed, Verdict};
 pub use parse::{Answer, Ledger, OptionReply};
+pub use served::Served;
 
 /// Numbers of options.
 pub mod opt {
