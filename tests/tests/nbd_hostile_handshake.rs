@@ -90,16 +90,14 @@ fn thousands_of_connections() -> Result<()> {
 #[test]
 fn thousands_of_sessions_one_after_the_other() -> Result<()> {
     attack(&[], |served| {
-        let before = served.descriptors()?;
+        let before = served.sockets()?;
         for index in 0..2000 {
             let mut client = served.client(Framing::ALL[index % 3])?;
             if index % 2 == 0 {
                 client.read(4096, 4096)?;
             }
         }
-        while served.descriptors()? > before + 2 {
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        served.wait_for_sockets(before)?;
         Ok(())
     })
 }

@@ -3,7 +3,7 @@
 //! The core must do the same with any fragmentation of its input, and what the specification asks for; the server
 //! must keep what it was given as plain memory does, whoever of its clients gave it.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
@@ -215,8 +215,8 @@ impl Bench {
         })
     }
 
-    fn socket(&self) -> Result<&Path> {
-        Ok(self.server.as_ref().context("a server")?.path())
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join("s")
     }
 
     /// Does the same to the memory, and compares what was read.
@@ -301,7 +301,7 @@ fn clients_of_every_framing_share_one_disk_that_is_plain_memory() -> Result<()> 
     let mut bench = Bench::new(&mut random)?;
     let mut clients = Framing::ALL
         .iter()
-        .map(|framing| Client::connect(bench.socket()?, "scratch", *framing, &["base:allocation"]))
+        .map(|framing| Client::connect(&bench.socket(), "scratch", *framing, &["base:allocation"]))
         .collect::<Result<Vec<_>>>()?;
     for _ in 0..1500 {
         let which = random.random_range(0..clients.len());
@@ -352,7 +352,7 @@ fn many_requests_in_flight_do_not_disturb_each_other() -> Result<()> {
     let mut random = StdRng::seed_from_u64(seed("many_requests_in_flight"));
     let mut bench = Bench::new(&mut random)?;
     for framing in Framing::ALL {
-        let mut client = Client::connect(bench.socket()?, "scratch", framing, &["base:allocation"])?;
+        let mut client = Client::connect(&bench.socket(), "scratch", framing, &["base:allocation"])?;
         for _ in 0..20 {
             let parts = 32;
             for part in 0..parts {

@@ -134,12 +134,35 @@ impl Served {
         Ok(number.parse::<u64>()? << 10)
     }
 
-    /// Number of file descriptors that the process has open.
+    /// Number of sockets that the process has open.
     ///
     /// # Errors
     /// The process is gone.
-    pub fn descriptors(&self) -> Result<usize> {
-        Ok(std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))?.count())
+    pub fn sockets(&self) -> Result<usize> {
+        let mut sockets = 0;
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))? {
+            // One that was closed meanwhile is none.
+            let link = std::fs::read_link(entry?.path());
+            sockets += usize::from(link.is_ok_and(|link| link.to_string_lossy().starts_with("socket:")));
+        }
+        Ok(sockets)
+    }
+
+    /// Waits until at most `most` sockets are open.
+    ///
+    /// # Errors
+    /// They stay open.
+    pub fn wait_for_sockets(&self, most: usize) -> Result<()> {
+        let begun = Instant::now();
+        while self.sockets()? > most {
+            ensure!(
+                begun.elapsed() < PATIENCE,
+                "{} sockets stay open",
+                self.sockets()?
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
     }
 
     /// Ends the server and checks that it ended well: in good order, without a panic.

@@ -72,6 +72,8 @@ const INPUT: usize = 64 << 10;
 
 /// How long the client may leave a batch unread before its requests go to the workers.
 const CLOGGED: Duration = Duration::from_millis(50);
+/// Batches of small answers that a client may leave lying while it sends on. Larger answers are bounded by their places.
+const CLOGGED_BATCHES: usize = 4;
 
 /// From this length on the data of a write is not read together with its header.
 const LARGE: u32 = 64 << 10;
@@ -300,7 +302,7 @@ impl Transmission {
 
     /// Whether answers wait that the client should take first.
     fn is_full(&self) -> bool {
-        self.output.left() >= BATCH && !self.clogged
+        self.output.left() >= BATCH && (!self.clogged || self.output.batches() > CLOGGED_BATCHES)
     }
 
     /// Begins what was received; false if nothing could be begun.

@@ -85,6 +85,12 @@ impl Output {
         self.left
     }
 
+    /// Batches of small answers that wait.
+    pub(super) fn batches(&self) -> usize {
+        let batch = |segment: &&Segment| matches!(segment, Segment::Batch { .. });
+        self.segments.iter().filter(batch).count()
+    }
+
     /// Bytes sent since the start.
     pub(super) const fn sent(&self) -> u64 {
         self.sent
