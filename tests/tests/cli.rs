@@ -198,6 +198,8 @@ fn without_type_information_nothing_starts_and_nothing_stays() {
             path(&runtime),
             "--storage",
             path(&storage),
+            "--state-dir",
+            path(&directory.path().join("state")),
         ]);
         refused(&answer, &["CONFIG_DEBUG_INFO_BTF"]);
         assert!(!runtime.exists() && !storage.exists());

@@ -22,7 +22,7 @@ use crate::nbd::endpoint::EndpointError;
 use crate::nbd::registry::Exports;
 use crate::nbd::server::{Server, ServerLimits};
 use crate::nbd::socket::{self as nbd_socket, SocketName};
-use crate::seal::{SealConfig, StateLock};
+use crate::seal::{SealConfig, SealError, Seals, StateLock};
 use crate::tracker::{Tracker, TrackerConfig, TrackerError};
 
 /// Longest wait for requests that were cancelled at the end.
@@ -93,6 +93,9 @@ pub enum DaemonError {
         /// Why.
         source: io::Error,
     },
+    /// A file in the state directory can't be used.
+    #[error(transparent)]
+    Seal(#[from] SealError),
     /// Another daemon has the state directory.
     #[error("start the daemon: another one uses {}; stop it, or choose another --state-dir", .0.display())]
     StateUsed(PathBuf),
@@ -184,6 +187,14 @@ pub fn run(config: &Config) -> Result<(), DaemonError> {
     // Dropped in the opposite order: the lock file, then the directory.
     let _directory = RuntimeDirectory::prepare(&config.runtime_dir)?;
     let _lock = DirectoryLock::take(&config.runtime_dir)?;
+    let state = &config.seal.directory;
+    let _state = StateLock::take(state)
+        .map_err(|source| DaemonError::State {
+            path: state.clone(),
+            source,
+        })?
+        .ok_or_else(|| DaemonError::StateUsed(state.clone()))?;
+    let seals = Seals::open(&config.seal)?;
     let tracker = Tracker::load(&config.tracker)?;
     DirBuilder::new()
         .recursive(true)
@@ -193,18 +204,11 @@ pub fn run(config: &Config) -> Result<(), DaemonError> {
             path: config.storage.clone(),
             source,
         })?;
-    let state = &config.seal.directory;
-    let _state = StateLock::take(state)
-        .map_err(|source| DaemonError::State {
-            path: state.clone(),
-            source,
-        })?
-        .ok_or_else(|| DaemonError::StateUsed(state.clone()))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_name("blksnap")
         .enable_all()
         .build()?;
-    let ended = runtime.block_on(serve(config, tracker, metrics));
+    let ended = runtime.block_on(serve(config, tracker, seals, metrics));
     runtime.shutdown_timeout(THREADS);
     ended
 }
@@ -242,13 +246,14 @@ impl Signals {
 async fn serve(
     config: &Config,
     tracker: Arc<Tracker>,
+    seals: Seals,
     metrics: Option<TcpListener>,
 ) -> Result<(), DaemonError> {
     let mut signals = Signals::listen()?;
     let stop = CancellationToken::new();
     let exports = Arc::new(Exports::new());
     let nbd = Server::start(&config.nbd_socket, Arc::clone(&exports), &ServerLimits::default())?;
-    let agent = Arc::new(Agent::new(config, tracker, exports, nbd.counters()));
+    let agent = Arc::new(Agent::new(config, tracker, exports, nbd.counters(), seals));
     let restored = Arc::clone(&agent);
     let wait = config.device_wait;
     tokio::task::spawn_blocking(move || restored.restore(wait))

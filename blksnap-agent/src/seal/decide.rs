@@ -4,8 +4,9 @@
 //!
 //! 1. There is a seal, whole, and it belongs to the record. It was made when nothing used the device any more, and
 //!    was removed for good before the device was tracked again; so there was no start of the agent in between.
-//! 2. It was made in another boot. In the same one the device may have been written after it, with nobody counting
-//!    since then.
+//! 2. It was made in another boot: in the same one the device may have been written after it, with nobody counting
+//!    since then. And it was made in the last boot in which an agent started: one that started later and did not use it
+//!    has left the device untracked.
 //! 3. The device is the same, by what only this device says of itself, and as long.
 //! 4. Its disks counted no write since the system started, and have none in flight.
 //! 5. Its content is the same where a use would change it. This is the only link that tells of a system that was
@@ -24,6 +25,8 @@ use crate::statefile::StateFileError;
 pub trait Evidence {
     /// The boot that this is; `None` if the kernel does not say.
     fn boot(&self) -> Option<String>;
+    /// The last boot before this one in which an agent started; `None` if that is not known.
+    fn boot_before(&self) -> Option<String>;
     /// The device now.
     ///
     /// # Errors
@@ -62,6 +65,9 @@ pub enum Doubt {
     /// The system was not started anew since.
     #[error("it was sealed in this boot, and may have been written since")]
     SameBoot,
+    /// The system was started in between.
+    #[error("it was sealed before the last boot in which an agent started")]
+    BootBetween,
     /// The kernel does not say which boot this is.
     #[error("the kernel does not say which boot this is")]
     BootUnknown,
@@ -110,6 +116,7 @@ impl Doubt {
             Self::Device(Difference::Capacity { .. }) | Self::Capacity { .. } => ResetReason::Resized,
             Self::Unsealed
             | Self::SameBoot
+            | Self::BootBetween
             | Self::BootUnknown
             | Self::Disk(_)
             | Self::Device(Difference::Unidentified | Difference::Unknown { .. })
@@ -142,6 +149,9 @@ pub fn decide(
         .ok_or(Doubt::BootUnknown)?;
     if sealed.header.boot == boot || sealed.header.boot.is_empty() {
         return Err(Doubt::SameBoot);
+    }
+    if evidence.boot_before().as_ref() != Some(&sealed.header.boot) {
+        return Err(Doubt::BootBetween);
     }
     sealed.header.identity.same_as(&identity)?;
     untouched(evidence)?;

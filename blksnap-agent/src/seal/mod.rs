@@ -211,19 +211,38 @@ pub struct Seals {
     state: StateDirectory,
     policy: SealPolicy,
     roots: Roots,
+    /// The last boot before this one in which an agent started.
+    before: Option<String>,
     /// The records of the devices that are tracked now.
     tracked: Mutex<BTreeMap<DeviceId, Record>>,
 }
 
 impl Seals {
-    /// Nothing is read or written yet.
-    #[must_use]
-    pub fn new(config: &SealConfig) -> Self {
-        Self {
-            state: StateDirectory::new(config.directory.clone()),
+    /// Uses the state directory, and says there that an agent started in this boot. To be called before anything that
+    /// the start may fail at.
+    ///
+    /// # Errors
+    /// The directory can't be written.
+    pub fn open(config: &SealConfig) -> Result<Self, SealError> {
+        let state = StateDirectory::new(config.directory.clone());
+        let before = match shutdown::boot(&config.roots.boot) {
+            Some(boot) => state.enter(&boot)?,
+            None => None,
+        };
+        Ok(Self {
+            state,
             policy: config.policy,
             roots: config.roots.clone(),
+            before,
             tracked: Mutex::default(),
+        })
+    }
+
+    fn evidence<'a>(&'a self, device: &'a BlockDevice) -> Gathered<'a> {
+        Gathered {
+            roots: &self.roots,
+            before: self.before.as_deref(),
+            device,
         }
     }
 
@@ -346,10 +365,7 @@ impl Seals {
         let begin = match &known {
             None => Begin::Fresh(ResetReason::NewAttach),
             Some(record) => {
-                let evidence = Gathered {
-                    roots: &self.roots,
-                    device,
-                };
+                let evidence = self.evidence(device);
                 match decide(record, self.state.seal(record.name), &evidence) {
                     Ok(map) if map.block_size() == block_size => {
                         tracing::info!(
@@ -405,10 +421,7 @@ impl Seals {
     /// # Errors
     /// It does not: the map is to be declared wrong for [`Doubt::reason`].
     pub fn settle(&self, device: &BlockDevice, identity: &DeviceIdentity) -> Result<(), Doubt> {
-        let evidence = Gathered {
-            roots: &self.roots,
-            device,
-        };
+        let evidence = self.evidence(device);
         decide::settle(identity, &evidence)
     }
 
@@ -460,10 +473,7 @@ impl Seals {
         let boot = shutdown::boot(&self.roots.boot).ok_or(Unsealed::BootUnknown)?;
         let claim = Claim::take(device, &self.roots.sysfs, &self.roots.proc)?;
         claim.sync()?;
-        let evidence = Gathered {
-            roots: &self.roots,
-            device,
-        };
+        let evidence = self.evidence(device);
         let identity = evidence.identity()?;
         record.identity.same_device(&identity)?;
 
@@ -541,12 +551,17 @@ impl Seals {
 /// What the kernel tells of a device.
 struct Gathered<'a> {
     roots: &'a Roots,
+    before: Option<&'a str>,
     device: &'a BlockDevice,
 }
 
 impl Evidence for Gathered<'_> {
     fn boot(&self) -> Option<String> {
         shutdown::boot(&self.roots.boot)
+    }
+
+    fn boot_before(&self) -> Option<String> {
+        self.before.map(str::to_owned)
     }
 
     fn identity(&self) -> Result<DeviceIdentity, DiskError> {

@@ -34,6 +34,15 @@ const SEAL: Format = Format {
     version: 1,
 };
 
+/// The form of the list of boots.
+const BOOTS: Format = Format {
+    name: "blksnap-boots",
+    version: 1,
+};
+
+/// The file with the list of boots.
+const BOOTS_FILE: &str = "boots";
+
 const RECORD_SUFFIX: &str = "device";
 const SEAL_SUFFIX: &str = "seal";
 
@@ -110,6 +119,16 @@ impl Sealed {
     }
 }
 
+/// The boots in which a daemon used the state directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Boots {
+    /// The last one.
+    last: String,
+    /// The one before.
+    before: Option<String>,
+}
+
 /// The state directory.
 #[derive(Clone, Debug)]
 pub struct StateDirectory {
@@ -131,6 +150,31 @@ impl StateDirectory {
 
     fn file(&self, name: Uuid, suffix: &str) -> PathBuf {
         self.path.join(format!("{name}.{suffix}"))
+    }
+
+    /// Says for good that a daemon started in this boot, before it does anything else, and gives the boot before in
+    /// which one did; `None` if that is not known. A seal of an older one was not used when it should have been:
+    /// since then its device may have been written with nobody tracking it.
+    ///
+    /// # Errors
+    /// The directory can't be written.
+    pub fn enter(&self, boot: &str) -> Result<Option<String>, StateFileError> {
+        self.make()?;
+        let path = self.path.join(BOOTS_FILE);
+        let known = statefile::read::<Boots>(&path, BOOTS).unwrap_or_else(|error| {
+            tracing::warn!(%error, "no change map goes on");
+            None
+        });
+        let before = match known {
+            Some(known) if known.last == boot => return Ok(known.before),
+            known => known.map(|known| known.last),
+        };
+        let boots = Boots {
+            last: boot.to_owned(),
+            before: before.clone(),
+        };
+        statefile::write(&path, BOOTS, &boots)?;
+        Ok(before)
     }
 
     /// All records, in the order of their names. One that can't be read is said to the log; what its seal says of

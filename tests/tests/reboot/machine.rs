@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use blksnap_tests::{Daemon, DaemonOptions, LoopDevice, run};
+use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -194,8 +195,10 @@ impl Machine {
     /// The system is gone, with all that the kernel knew.
     pub(crate) fn off(&mut self) -> Result<()> {
         let bpffs = self.daemon.bpffs();
-        if bpffs.exists() {
-            umount2(&bpffs, MntFlags::empty()).context("unmount the BPF file system")?;
+        match umount2(&bpffs, MntFlags::empty()) {
+            // A daemon that could not start has mounted none.
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Err(errno) => return Err(errno).context("unmount the BPF file system"),
         }
         match fs::remove_dir_all(self.daemon.runtime_dir()) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),

@@ -193,6 +193,22 @@ fn a_start_in_the_same_boot_proves_nothing() -> Result<()> {
 }
 
 #[test]
+fn a_boot_in_which_the_daemon_could_not_start_is_a_gap() -> Result<()> {
+    let mut machine = Machine::new()?;
+    let (generation, _) = machine.generation()?;
+    machine.stop()?;
+    machine.off()?;
+    machine.more = ["--btf", "/nonexistent"].map(Into::into).to_vec();
+    ensure!(machine.on().is_err());
+    // Where no fingerprint looks.
+    machine.change(20 * MIB)?;
+    machine.off()?;
+    machine.more.clear();
+    machine.on()?;
+    began_anew(&machine, &generation, "continuity_unproven")
+}
+
+#[test]
 fn tracking_that_went_on_in_the_kernel_needs_no_proof() -> Result<()> {
     let mut machine = Machine::new()?;
     let (generation, _) = machine.generation()?;

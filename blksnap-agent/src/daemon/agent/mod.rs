@@ -55,11 +55,12 @@ impl Agent {
         tracker: Arc<Tracker>,
         exports: Arc<Exports>,
         nbd_counters: Arc<Counters>,
+        seals: Seals,
     ) -> Self {
         Self {
             snapshots: Snapshots::new(Arc::clone(&tracker)),
             tracker,
-            recorded: Recorded::new(Seals::new(&config.seal)),
+            recorded: Recorded::new(seals),
             parameters: config.parameters,
             storage: config.storage.clone(),
             nbd_socket: config.nbd_socket.clone(),

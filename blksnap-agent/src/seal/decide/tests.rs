@@ -79,6 +79,7 @@ fn sealed() -> Sealed {
 /// What the tests know of a device.
 struct Known {
     boot: Option<String>,
+    before: Option<String>,
     identity: DeviceIdentity,
     written: Vec<(String, WriteCounters)>,
     provable: bool,
@@ -90,6 +91,7 @@ struct Known {
 fn known() -> Known {
     Known {
         boot: Some("now".to_owned()),
+        before: Some("before".to_owned()),
         identity: identity(),
         written: vec![("sda1".to_owned(), WriteCounters::default())],
         provable: true,
@@ -102,6 +104,10 @@ impl Evidence for Known {
     fn boot(&self) -> Option<String> {
         self.asked.borrow_mut().push("boot");
         self.boot.clone()
+    }
+
+    fn boot_before(&self) -> Option<String> {
+        self.before.clone()
     }
 
     fn identity(&self) -> Result<DeviceIdentity, DiskError> {
@@ -148,13 +154,18 @@ fn a_whole_chain_goes_on_with_the_same_map() {
 fn every_broken_link_begins_a_new_generation() {
     use ResetReason::{ContinuityUnproven, DeviceReplaced, Resized, RunMissed, StateDamaged, StateVersion};
     type Break = fn(&mut Known, &mut Sealed);
-    let broken: [(Break, ResetReason); 24] = [
+    let broken: [(Break, ResetReason); 26] = [
         (
             |known, _| known.boot = Some("before".to_owned()),
             ContinuityUnproven,
         ),
         (|known, _| known.boot = None, ContinuityUnproven),
         (|known, _| known.boot = Some(String::new()), ContinuityUnproven),
+        (
+            |known, _| known.before = Some("between".to_owned()),
+            ContinuityUnproven,
+        ),
+        (|known, _| known.before = None, ContinuityUnproven),
         (|_, sealed| sealed.header.boot = String::new(), ContinuityUnproven),
         (
             |known, _| known.identity.serial = Some("B".to_owned()),

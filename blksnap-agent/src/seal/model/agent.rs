@@ -155,6 +155,7 @@ impl Agent {
 
     /// Goes on with what an agent before left, if it left something.
     pub(super) fn adopt(world: &mut World) -> Option<Self> {
+        world.enter();
         let document = world.document.as_ref()?;
         let (header, sections) =
             frame::decode::<Document>(&document[..], document.len() as u64, DOCUMENT).unwrap();

@@ -16,6 +16,9 @@ use crate::units::{Generation, Sectors};
 /// Sectors of a tracking block.
 pub(super) const BLOCK: usize = 8;
 
+/// Sectors that no fingerprint looks at.
+pub(super) const BLIND: usize = 64;
+
 /// The tracking block of a sector.
 pub(super) const fn block_of(sector: usize) -> usize {
     sector / BLOCK
@@ -62,6 +65,8 @@ pub(super) enum Offline {
     Foreign,
     /// A boot without agent, in which it was written to.
     Skipped,
+    /// A boot in which the agent ended as it started, and the device was written where no fingerprint looks.
+    Failed,
     /// Another disk is there.
     Replaced,
     /// The disk shows an earlier state of itself.
@@ -80,20 +85,21 @@ impl Offline {
         [
             Self::Foreign,
             Self::Skipped,
+            Self::Failed,
             Self::Replaced,
             Self::Reverted,
             Self::Resized,
             Self::Cut,
             Self::Flipped,
             Self::Version,
-        ][random.random_range(0..8)]
+        ][random.random_range(0..9)]
     }
 
     /// The reason that the next generation should have, if something more precise can be told than that there is no
     /// proof.
     pub(super) const fn reason(self) -> Option<ResetReason> {
         match self {
-            Self::Nothing | Self::Foreign | Self::Skipped | Self::Reverted => None,
+            Self::Nothing | Self::Foreign | Self::Skipped | Self::Failed | Self::Reverted => None,
             Self::Replaced => Some(ResetReason::DeviceReplaced),
             Self::Resized => Some(ResetReason::Resized),
             Self::Cut | Self::Flipped => Some(ResetReason::StateDamaged),
@@ -112,6 +118,8 @@ pub(super) struct World {
     boot: u64,
     serial: u64,
     stat: WriteCounters,
+    /// Boots in which an agent started: the last one, and the one before.
+    entered: (u64, u64),
     generations: u128,
     /// What is in the kernel of a device that is tracked.
     pub(super) tracked: Option<Tracked>,
@@ -133,6 +141,7 @@ impl World {
             boot: 1,
             serial: 1,
             stat: WriteCounters::default(),
+            entered: (0, 0),
             generations: 0,
             tracked: None,
             document: None,
@@ -238,8 +247,13 @@ impl World {
         };
         match offline {
             Offline::Nothing => {}
-            Offline::Foreign => self.change(random.random_range(0..self.sectors.len()), 1),
+            Offline::Foreign => self.change(random.random_range(BLIND..self.sectors.len()), 1),
             Offline::Skipped => {
+                self.change(random.random_range(BLIND..self.sectors.len()), 1);
+                self.boot += 1;
+            }
+            Offline::Failed => {
+                self.enter();
                 self.change(random.random_range(0..self.sectors.len()), 1);
                 self.boot += 1;
             }
@@ -252,7 +266,7 @@ impl World {
                 self.sectors.clone_from(&self.earlier);
                 self.sectors.resize(length, 0);
                 // Where that is the state it has, something else differs.
-                self.change(length / 2, 1);
+                self.change(BLIND + length / 2, 1);
             }
             Offline::Resized => {
                 let other = self.sectors.len() + random.random_range(1..50_usize);
@@ -277,6 +291,13 @@ impl World {
         }
         if random.random_bool(0.3) {
             self.earlier.clone_from(&self.sectors);
+        }
+    }
+
+    /// An agent starts.
+    pub(super) fn enter(&mut self) {
+        if self.entered.0 != self.boot {
+            self.entered = (self.boot, self.entered.0);
         }
     }
 
@@ -310,6 +331,10 @@ impl Evidence for World {
         Some(self.boot_name())
     }
 
+    fn boot_before(&self) -> Option<String> {
+        Some(self.entered.1.to_string())
+    }
+
     fn identity(&self) -> Result<DeviceIdentity, DiskError> {
         Ok(self.identity_now())
     }
@@ -331,7 +356,8 @@ impl Content for World {
     fn read(&self, buffer: &mut AlignedBuffer, offset: u64, length: usize) -> std::io::Result<()> {
         let first = usize::try_from(offset / 512).unwrap();
         let (sectors, _) = buffer.as_mut_slice()[..length].as_chunks_mut::<512>();
-        for (bytes, sector) in sectors.iter_mut().zip(&self.sectors[first..]) {
+        for (at, bytes) in (first..).zip(sectors.iter_mut()) {
+            let sector = if at < BLIND { 0 } else { self.sectors[at] };
             bytes[..8].copy_from_slice(&sector.to_le_bytes());
         }
         Ok(())

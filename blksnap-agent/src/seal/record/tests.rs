@@ -89,6 +89,21 @@ fn a_seal_lives_until_the_device_is_tracked_again() {
 }
 
 #[test]
+fn the_boot_before_is_the_one_of_the_last_start() {
+    let scratch = tempfile::tempdir().unwrap();
+    let directory = StateDirectory::new(scratch.path().join("state"));
+    assert_eq!(directory.enter("one").unwrap(), None);
+    assert_eq!(directory.enter("one").unwrap(), None);
+    for _ in 0..2 {
+        assert_eq!(directory.enter("two").unwrap().as_deref(), Some("one"));
+    }
+    assert_eq!(directory.enter("three").unwrap().as_deref(), Some("two"));
+    fs::write(directory.path().join(BOOTS_FILE), "{").unwrap();
+    assert_eq!(directory.enter("four").unwrap(), None);
+    assert_eq!(directory.enter("five").unwrap().as_deref(), Some("four"));
+}
+
+#[test]
 fn a_damaged_record_is_known_from_its_seal_and_a_damaged_seal_is_told() {
     let scratch = tempfile::tempdir().unwrap();
     let directory = StateDirectory::new(scratch.path().to_owned());
