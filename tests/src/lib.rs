@@ -5,6 +5,7 @@
 //! - [`LoopDevice`]: a block device on a file of its own, with a file system and a mount when asked.
 //! - [`Writer`]: random writes to a file system or a device until it is dropped.
 //! - [`Zram`]: a disk in memory.
+//! - [`read_device`], [`write_block`]: past the page cache.
 //! - [`Tamper`]: changes what a daemon shares with the kernel.
 //! - [`Interrupt`]: signals, for programs that must clean up after themselves.
 //! - [`nbd`]: the client's side of the NBD protocol, as an oracle.
@@ -13,6 +14,7 @@
 //! All of it needs root, and nothing of it ever touches a device that it did not make.
 
 mod daemon;
+mod direct;
 mod interrupt;
 mod loopdev;
 pub mod nbd;
@@ -27,6 +29,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 
 pub use daemon::{Answer, Daemon, DaemonOptions, agent_binary};
+pub use direct::{read_device, write_block};
 pub use interrupt::{Interrupt, Interrupted};
 pub use loopdev::{LoopDevice, LoopOptions};
 pub use tamper::Tamper;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::extents::ChangedExtents;
 use super::read_map::{Base, ReadMap};
-use super::reason::{FullNeeded, FullReason};
+use super::reason::FullNeeded;
 use crate::units::{Extent, Generation};
 use std::sync::Arc;
 
@@ -30,12 +30,12 @@ impl ChangedReport {
         }
     }
 
-    /// What `map` says about its last period; without a map, that none was taken.
+    /// What the map of the last take says about the period before it; without a map, why there is none.
     #[must_use]
-    pub fn last(map: Option<&Arc<ReadMap>>) -> Self {
+    pub fn last(map: Result<Arc<ReadMap>, FullNeeded>) -> Self {
         Self {
-            since: map.map_or(0, |map| map.number().saturating_sub(1)),
-            changes: map.map_or(Err(FullReason::NotTaken.into()), ReadMap::changed_in_last),
+            since: map.as_ref().map_or(0, |map| map.number().saturating_sub(1)),
+            changes: map.and_then(|map| map.changed_in_last()),
         }
     }
 
@@ -160,7 +160,8 @@ mod tests {
         let text = serde_json::to_string(&ChangedReport::since(map.frozen(), &base)).unwrap();
         let answer: ChangedAnswer = serde_json::from_str(&text).unwrap();
         assert!(matches!(answer, ChangedAnswer::Full { full_needed } if full_needed.reason == "run_missed"));
-        let text = serde_json::to_string(&ChangedReport::last(None)).unwrap();
+        let untaken = CbtMap::new(generation, BlockSize::from_shift(12).unwrap(), Sectors::new(81)).unwrap();
+        let text = serde_json::to_string(&ChangedReport::last(untaken.frozen())).unwrap();
         assert!(text.contains("\"not_taken\""), "{text}");
     }
 }

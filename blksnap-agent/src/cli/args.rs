@@ -202,6 +202,10 @@ pub struct Daemon {
     #[arg(long, value_name = "SHIFT", default_value_t = TrackingParams::default().maximum_shift())]
     pub tracking_block_maximum_shift: u32,
 
+    /// Most memory that tracking one device may take; an attach that would take more is refused
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "1G")]
+    pub memory_limit: u64,
+
     /// How often a device that does I/O, of which the tracking programs saw nothing, is read to see that they work
     #[arg(
         long,
@@ -244,8 +248,9 @@ pub struct Daemon {
 #[command(after_help = "Examples:
   blksnap-agent attach /dev/sdb1
   blksnap-agent attach --block-size 64K /dev/sdb /dev/mapper/root
+  blksnap-agent attach --block-size 4K --dry-run /dev/sdb    what would it take?
 
-A device can be attached while it is mounted and written.")]
+Small blocks find less that did not change, and take more memory. A device can be attached while it is mounted and written.")]
 pub struct Attach {
     /// Disks or partitions
     #[arg(required = true, value_name = "DEVICE")]
@@ -254,6 +259,22 @@ pub struct Attach {
     /// Size of a tracking block, a power of two from 4K to 64M [default: by the capacity, from 64K]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub block_size: Option<u64>,
+
+    /// Smallest tracking block that is chosen by the capacity, as log2 of its bytes [default: the daemon's]
+    #[arg(long, value_name = "SHIFT", conflicts_with = "block_size")]
+    pub tracking_block_minimum_shift: Option<u32>,
+
+    /// Number of tracking blocks above which larger ones are chosen [default: the daemon's]
+    #[arg(long, value_name = "COUNT", conflicts_with = "block_size")]
+    pub tracking_block_maximum_count: Option<u64>,
+
+    /// Largest tracking block that is chosen by the capacity, as log2 of its bytes [default: the daemon's]
+    #[arg(long, value_name = "SHIFT", conflicts_with = "block_size")]
+    pub tracking_block_maximum_shift: Option<u32>,
+
+    /// Show blocks and memory, and attach nothing
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// `detach`
@@ -314,16 +335,20 @@ pub enum Cbt {
         after_help = "Examples:
   blksnap-agent cbt extents /dev/sdb1 --since 6fb1c7f0-93c8-4d29-9d1a-8a5a6d8d5a11:3
   blksnap-agent cbt extents /dev/sdb1 --since 6fb1c7f0-93c8-4d29-9d1a-8a5a6d8d5a11:3 --lines | jq -c
+  blksnap-agent cbt extents /dev/sdb1 --last
 
-Generation and number come from `snapshot info` or `backup` of that earlier take. Where no answer can be
-trusted, it is \"full needed\" with the reason."
+Generation and number come from `snapshot info` or `backup` of that earlier take, which may be any one of the
+generation. Where no answer can be trusted, it is \"full needed\" with the reason."
     )]
     Extents {
         /// Tracked device
         device: PathBuf,
-        /// The earlier take
-        #[arg(long, value_name = "GENERATION:NUMBER", value_parser = parse_base)]
-        since: api::Base,
+        /// The earlier take (differential)
+        #[arg(long, value_name = "GENERATION:NUMBER", value_parser = parse_base, required_unless_present = "last")]
+        since: Option<api::Base>,
+        /// Between the last take and the one before it (incremental)
+        #[arg(long, conflicts_with = "since")]
+        last: bool,
         /// A JSON object a line, as they come: a head, the extents, and an end with their number
         #[arg(long)]
         lines: bool,
@@ -363,13 +388,20 @@ blue what did long ago; a cell is filled as far as its blocks changed.")]
     },
     /// Mark ranges as changed, so that the next backup takes them
     #[command(after_help = "Example:
-  blksnap-agent cbt mark /dev/sdb1 --range 0:1M --range 4G:64K")]
+  blksnap-agent cbt mark /dev/sdb1 --range 0:1M --range 4G:64K
+  blksnap-agent cbt mark /dev/sdb1 --file /srv/db/table.ibd
+
+Files are looked up where they are now, on ext2 to 4 and XFS; others do not say where on the device they are.")]
+    #[group(required = true, multiple = true, id = "what")]
     Mark {
         /// Tracked device
         device: PathBuf,
         /// Ranges in bytes; suffixes K, M, G, T
-        #[arg(long = "range", required = true, num_args = 1.., value_name = "OFFSET:LENGTH", value_parser = parse_range)]
+        #[arg(long = "range", group = "what", num_args = 1.., value_name = "OFFSET:LENGTH", value_parser = parse_range)]
         ranges: Vec<Extent>,
+        /// Files on the device
+        #[arg(long = "file", group = "what", num_args = 1.., value_name = "PATH")]
+        files: Vec<PathBuf>,
     },
 }
 

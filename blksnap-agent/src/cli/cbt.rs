@@ -19,7 +19,9 @@ pub(super) async fn run(context: &Context, command: &Cbt) -> Result<()> {
             let maps: Vec<CbtInfo> = devices.into_iter().map(|device| device.cbt).collect();
             context.print(&maps, |maps| info(maps))
         }
-        Cbt::Extents { device, since, lines } => super::extents::run(context, device, since, *lines).await,
+        Cbt::Extents {
+            device, since, lines, ..
+        } => super::extents::run(context, device, since.as_ref(), *lines).await,
         Cbt::Heat {
             device,
             file,
@@ -27,14 +29,25 @@ pub(super) async fn run(context: &Context, command: &Cbt) -> Result<()> {
             color,
         } => super::heat::run(context, device, file.as_deref(), *cells, *color).await,
         Cbt::Map { device, file } => map(context, device, file.as_deref()).await,
-        Cbt::Mark { device, ranges } => {
+        Cbt::Mark {
+            device,
+            ranges,
+            files,
+        } => {
             let request = api::Mark {
                 device: absolute(device)?,
                 ranges: ranges.clone(),
+                files: files.iter().map(|file| absolute(file)).collect::<Result<_>>()?,
             };
             let marked: api::Marked = context.client.post("/v1/cbt/mark", &request).await?;
             context.print(&marked, |marked| {
-                format!("{}: {} blocks marked", request.device, marked.blocks)
+                format!(
+                    "{}: {} blocks marked, for {} in {} ranges",
+                    request.device,
+                    marked.blocks,
+                    human(marked.bytes),
+                    marked.ranges
+                )
             })
         }
     }

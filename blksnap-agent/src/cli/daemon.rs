@@ -60,6 +60,7 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
         storage: std::path::absolute(options.storage)?,
         metrics_listen: options.metrics_listen,
         parameters,
+        memory_limit: options.memory_limit,
         tracker: TrackerConfig {
             ring_bytes,
             btf: options.btf,

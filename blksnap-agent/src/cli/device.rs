@@ -8,13 +8,16 @@ use super::args;
 use super::size::human;
 use super::table::{Align, Table};
 use super::{Context, absolute};
-use crate::control::api::{self, DeviceStatus, Devices};
+use crate::control::api::{self, AttachPlan, DeviceStatus, Devices};
 
 pub(super) async fn attach(context: &Context, options: &args::Attach) -> Result<()> {
+    if options.dry_run {
+        return plan(context, options).await;
+    }
     let mut attached = Devices::default();
     let mut failed = Ok(());
     for device in &options.devices {
-        match attach_one(context, device, options.block_size).await {
+        match attach_one(context, device, options).await {
             Ok(status) => attached.devices.push(status),
             Err(error) => {
                 failed = Err(error);
@@ -31,21 +34,66 @@ pub(super) async fn attach(context: &Context, options: &args::Attach) -> Result<
     failed
 }
 
-async fn attach_one(context: &Context, device: &Path, block_size: Option<u64>) -> Result<DeviceStatus> {
-    let request = api::Attach {
-        device: absolute(device)?,
-        block_size,
-    };
+async fn attach_one(context: &Context, device: &Path, options: &args::Attach) -> Result<DeviceStatus> {
+    let request = request(device, options)?;
     Ok(context.client.post("/v1/devices/attach", &request).await?)
+}
+
+fn request(device: &Path, options: &args::Attach) -> Result<api::Attach> {
+    Ok(api::Attach {
+        device: absolute(device)?,
+        block_size: options.block_size,
+        tracking_block_minimum_shift: options.tracking_block_minimum_shift,
+        tracking_block_maximum_count: options.tracking_block_maximum_count,
+        tracking_block_maximum_shift: options.tracking_block_maximum_shift,
+    })
+}
+
+/// What an attach would do.
+async fn plan(context: &Context, options: &args::Attach) -> Result<()> {
+    let mut plans: Vec<AttachPlan> = Vec::new();
+    for device in &options.devices {
+        let request = request(device, options)?;
+        plans.push(context.client.post("/v1/devices/plan", &request).await?);
+    }
+    context.print(&plans, |plans| {
+        let mut table = Table::new([
+            ("DEVICE", Align::Left),
+            ("SIZE", Align::Right),
+            ("BLOCK", Align::Right),
+            ("BLOCKS", Align::Right),
+            ("MAPS", Align::Right),
+            ("BITMAPS", Align::Right),
+            ("STATE", Align::Left),
+        ]);
+        for plan in plans {
+            table.row([
+                plan.device.clone(),
+                human(plan.capacity),
+                human(plan.block_size),
+                plan.block_count.to_string(),
+                human(plan.memory.map_bytes),
+                human(plan.memory.bitmap_bytes),
+                if plan.attached {
+                    "tracked already"
+                } else {
+                    "not tracked"
+                }
+                .to_owned(),
+            ]);
+        }
+        table.text()
+    })
 }
 
 fn sentence(device: &DeviceStatus) -> String {
     format!(
-        "{}: tracked, {} in {} blocks of {}, generation {}\n",
+        "{}: tracked, {} in {} blocks of {}, {} of memory, generation {}\n",
         device.device,
         human(device.capacity),
         device.cbt.block_count,
         human(device.cbt.block_size),
+        human(device.memory.total()),
         device.cbt.generation_id,
     )
 }
@@ -157,6 +205,7 @@ mod tests {
                 fs_type: "ext4".to_owned(),
             }],
             lost: None,
+            memory: api::Memory::default(),
             cbt: api::CbtInfo {
                 device: "/dev/sdb1".to_owned(),
                 device_capacity: 1 << 30,

@@ -20,18 +20,19 @@ enum Form {
     Lines,
 }
 
-pub(super) async fn run(context: &Context, device: &Path, since: &api::Base, lines: bool) -> Result<()> {
-    let (generation, number) = (since.generation.to_string(), since.number.to_string());
+pub(super) async fn run(
+    context: &Context,
+    device: &Path,
+    since: Option<&api::Base>,
+    lines: bool,
+) -> Result<()> {
+    let base = since.map(|since| (since.generation.to_string(), since.number.to_string()));
     let device = absolute(device)?;
-    let path = with_query(
-        "/v1/cbt/extents",
-        &[
-            ("device", &device),
-            ("generation", &generation),
-            ("number", &number),
-            ("lines", "true"),
-        ],
-    );
+    let mut query = vec![("device", device.as_str()), ("lines", "true")];
+    if let Some((generation, number)) = &base {
+        query.extend([("generation", generation.as_str()), ("number", number.as_str())]);
+    }
+    let path = with_query("/v1/cbt/extents", &query);
     let form = match (lines, context.output) {
         (true, _) => Form::Lines,
         (false, Output::Json) => Form::Document,

@@ -9,9 +9,10 @@
 //! | `GET /v1/version` | | [`Version`] |
 //! | `GET /v1/devices` | | [`Devices`] |
 //! | `POST /v1/devices/attach` | [`Attach`] | [`DeviceStatus`] |
+//! | `POST /v1/devices/plan` | [`Attach`] | [`AttachPlan`] |
 //! | `POST /v1/devices/detach` | [`DeviceName`] | [`Empty`] |
 //! | `GET /v1/cbt?device=` | | [`CbtInfo`] |
-//! | `GET /v1/cbt/extents?device=&generation=&number=` | | [`crate::cbt::ChangedAnswer`] |
+//! | `GET /v1/cbt/extents?device=[&generation=&number=]` | | [`crate::cbt::ChangedAnswer`] |
 //! | the same with `&lines=true` | | lines of [`crate::cbt::ChangedLine`] |
 //! | `GET /v1/cbt/map?device=&offset=&length=` | | the map's bytes, one a block |
 //! | `GET /v1/cbt/heat?device=&buckets=` | | [`Heat`] |
@@ -77,6 +78,51 @@ pub struct Attach {
     /// Size of a tracking block, a power of two from 4 KiB to 64 MiB; chosen by the capacity when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_size: Option<u64>,
+    /// log2 of the smallest block that is chosen by the capacity, 12 to 26; the daemon's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracking_block_minimum_shift: Option<u32>,
+    /// Number of blocks above which larger ones are chosen, at least 1; the daemon's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracking_block_maximum_count: Option<u64>,
+    /// log2 of the largest block that is chosen by the capacity, 12 to 26, raised to the smallest where it is less;
+    /// the daemon's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracking_block_maximum_shift: Option<u32>,
+}
+
+/// What an attach would do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachPlan {
+    /// Canonical path of the device.
+    pub device: String,
+    /// Capacity in bytes.
+    pub capacity: u64,
+    /// Size of a tracking block in bytes.
+    pub block_size: u64,
+    /// Blocks in the map.
+    pub block_count: u64,
+    /// What tracking takes.
+    pub memory: Memory,
+    /// Whether the device is tracked already: the attach would be refused.
+    pub attached: bool,
+}
+
+/// Memory that tracking a device takes, in bytes. An image or an export that goes on while the device is taken again
+/// holds one more copy of the map.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// The two change maps of the daemon: the live one, and the one of the last take.
+    pub map_bytes: u64,
+    /// Bitmaps in the kernel: those that are there at the same time while a period is closed.
+    pub bitmap_bytes: u64,
+}
+
+impl Memory {
+    /// All of it.
+    #[must_use]
+    pub const fn total(&self) -> u64 {
+        self.map_bytes.saturating_add(self.bitmap_bytes)
+    }
 }
 
 /// All tracked devices.
@@ -112,6 +158,8 @@ pub struct DeviceStatus {
     pub mounts: Vec<Mount>,
     /// What became of it, if it is no longer the device that was attached: it can be attached again, or detached.
     pub lost: Option<ResetReason>,
+    /// What tracking it takes.
+    pub memory: Memory,
     /// The change map.
     pub cbt: CbtInfo,
     /// What was seen since the attach.
@@ -165,16 +213,19 @@ pub struct CbtInfo {
     pub corrupted: Option<ResetReason>,
 }
 
-/// Question for the extents that changed between a base and the last take.
+/// Question for the extents that changed between a base and the last take: since any older number (differential),
+/// or, without a base, between the take before the last one and that (incremental).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChangesQuery {
     /// Absolute path of a block device.
     pub device: String,
-    /// Generation of the base.
-    pub generation: Generation,
+    /// Generation of the base; with the number, or neither.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<Generation>,
     /// Number of the base.
-    pub number: u8,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub number: Option<u8>,
     /// Answer with a JSON object a line.
     #[serde(default)]
     pub lines: bool,
@@ -216,20 +267,28 @@ pub struct Heat {
 }
 
 /// Mark ranges as changed, in both maps.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mark {
     /// Absolute path of a block device.
     pub device: String,
     /// The ranges; each one counts.
+    #[serde(default)]
     pub ranges: Vec<Extent>,
+    /// Absolute paths of files on the device (ext2 to 4, XFS), whose ranges are marked as they are now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
 }
 
 /// What was marked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Marked {
-    /// Blocks that the ranges touch.
+    /// Blocks that the ranges touch, each counted once.
     pub blocks: u64,
+    /// Ranges, those of files included; ranges that touch are one.
+    pub ranges: u64,
+    /// Bytes in them.
+    pub bytes: u64,
 }
 
 /// Create a snapshot.
@@ -485,6 +544,9 @@ pub struct ErrorBody {
     pub message: String,
     /// What to do.
     pub remedy: String,
+    /// The errno that the kernel's filter interface has for it, where it has one, otherwise the nearest; 0 for none.
+    #[serde(default)]
+    pub errno: i32,
 }
 
 /// The state of one requirement.

@@ -6,6 +6,7 @@ use std::fmt;
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use nix::errno::Errno;
 
 use super::api::ErrorBody;
 
@@ -36,6 +37,8 @@ pub enum Code {
     NoTake,
     /// A range outside of the device or the map.
     OutOfRange,
+    /// Tracking in such blocks would take more memory than it may.
+    MemoryLimit,
     /// The storage or the target is full (`ENOSPC`).
     NoSpace,
     /// The device is written faster than it is copied.
@@ -69,6 +72,7 @@ impl Code {
             Self::NotTaken => "not_taken",
             Self::NoTake => "no_take",
             Self::OutOfRange => "out_of_range",
+            Self::MemoryLimit => "memory_limit",
             Self::NoSpace => "no_space",
             Self::NotConverging => "not_converging",
             Self::Corrupted => "corrupted",
@@ -79,11 +83,35 @@ impl Code {
         }
     }
 
+    /// What a program that knows the errors of the kernel's filter interface expects.
+    #[must_use]
+    pub const fn errno(self) -> Option<Errno> {
+        Some(match self {
+            Self::InvalidRequest | Self::OutOfRange | Self::NotTaken => Errno::EINVAL,
+            Self::UnknownRequest => Errno::ENOTTY,
+            Self::NoDevice => Errno::ENODEV,
+            Self::NotBlockDevice => Errno::ENOTBLK,
+            Self::Unsupported | Self::System => Errno::EOPNOTSUPP,
+            Self::Already => Errno::EALREADY,
+            Self::Busy => Errno::EBUSY,
+            Self::NotAttached | Self::NoTake => Errno::ENOENT,
+            Self::UnknownSnapshot => Errno::ESRCH,
+            Self::MemoryLimit => Errno::ENOMEM,
+            Self::NoSpace => Errno::ENOSPC,
+            Self::NotConverging => Errno::ETIMEDOUT,
+            Self::Corrupted | Self::Io => Errno::EIO,
+            Self::Cancelled => Errno::EINTR,
+            Self::Hook => return None,
+        })
+    }
+
     const fn status(self) -> StatusCode {
         match self {
-            Self::InvalidRequest | Self::NotBlockDevice | Self::OutOfRange | Self::Unsupported => {
-                StatusCode::BAD_REQUEST
-            }
+            Self::InvalidRequest
+            | Self::NotBlockDevice
+            | Self::OutOfRange
+            | Self::MemoryLimit
+            | Self::Unsupported => StatusCode::BAD_REQUEST,
             Self::UnknownRequest | Self::NoDevice | Self::NotAttached | Self::UnknownSnapshot => {
                 StatusCode::NOT_FOUND
             }
@@ -137,6 +165,7 @@ impl ApiError {
             code: self.code.label().to_owned(),
             message: self.message.clone(),
             remedy: self.remedy.clone(),
+            errno: self.code.errno().map_or(0, |errno| errno as i32),
         }
     }
 }
@@ -191,6 +220,24 @@ impl IntoResponse for ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn errors_of_attach_and_detach_are_those_of_the_filter_interface() {
+        for (code, errno) in [
+            (Code::Already, libc::EALREADY),
+            (Code::Busy, libc::EBUSY),
+            (Code::NotAttached, libc::ENOENT),
+            (Code::UnknownSnapshot, libc::ESRCH),
+            (Code::UnknownRequest, libc::ENOTTY),
+            (Code::NoSpace, libc::ENOSPC),
+            (Code::Hook, 0),
+        ] {
+            assert_eq!(ApiError::new(code, "m", "r").body().errno, errno, "{code:?}");
+        }
+        // Bodies of older daemons have none.
+        let body: ErrorBody = serde_json::from_str(r#"{"code":"io","message":"m","remedy":""}"#).unwrap();
+        assert_eq!(body.errno, 0);
+    }
 
     #[test]
     fn errors_are_one_line() {

@@ -48,6 +48,11 @@ pub trait Service: Send + Sync + 'static {
     /// # Errors
     /// No block device, attached already, or the kernel refuses.
     fn attach(&self, request: &api::Attach) -> Result<api::DeviceStatus, ApiError>;
+    /// What an attach would do, without doing it.
+    ///
+    /// # Errors
+    /// No block device, or it would be refused for its size.
+    fn plan(&self, request: &api::Attach) -> Result<api::AttachPlan, ApiError>;
     /// Ends to track a device.
     ///
     /// # Errors
@@ -227,6 +232,10 @@ async fn attach(
     answer(context, move |service| service.attach(&request)).await
 }
 
+async fn plan(State(context): State<Context>, Body(request): Body<api::Attach>) -> Answer<api::AttachPlan> {
+    answer(context, move |service| service.plan(&request)).await
+}
+
 async fn detach(State(context): State<Context>, Body(request): Body<api::DeviceName>) -> Answer<api::Empty> {
     answer(context, move |service| {
         service.detach(&request).map(|()| api::Empty {})
@@ -355,6 +364,7 @@ pub fn router(service: Arc<dyn Service>, stop: CancellationToken) -> Router {
         .route("/v1/version", get(version))
         .route("/v1/devices", get(devices))
         .route("/v1/devices/attach", post(attach))
+        .route("/v1/devices/plan", post(plan))
         .route("/v1/devices/detach", post(detach))
         .route("/v1/cbt", get(cbt_info))
         .route("/v1/cbt/extents", get(cbt_extents))

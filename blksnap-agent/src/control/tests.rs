@@ -43,6 +43,9 @@ impl Service for Script {
     fn attach(&self, request: &api::Attach) -> Result<api::DeviceStatus, ApiError> {
         refuse(&format!("attach {}", request.device))
     }
+    fn plan(&self, request: &api::Attach) -> Result<api::AttachPlan, ApiError> {
+        refuse(&format!("plan {}", request.device))
+    }
     fn detach(&self, _: &api::DeviceName) -> Result<(), ApiError> {
         Ok(())
     }
@@ -62,6 +65,8 @@ impl Service for Script {
     fn cbt_mark(&self, request: &api::Mark) -> Result<api::Marked, ApiError> {
         Ok(api::Marked {
             blocks: request.ranges.len() as u64,
+            ranges: request.ranges.len() as u64,
+            bytes: 0,
         })
     }
     fn snapshots(&self) -> Result<api::Snapshots, ApiError> {
@@ -186,7 +191,7 @@ async fn answers_and_errors_pass_as_they_are() {
         .unwrap();
     let attach = api::Attach {
         device: "/dev/x".to_owned(),
-        block_size: None,
+        ..api::Attach::default()
     };
     let refused = client
         .post::<_, api::DeviceStatus>("/v1/devices/attach", &attach)

@@ -3,6 +3,7 @@
 use crate::backup::{BackupError, TargetError};
 use crate::control::error::{ApiError, Code};
 use crate::disk::DiskError;
+use crate::disk::extents::ExtentsError;
 use crate::engine::CopyError;
 use crate::filter::converge::ConvergeError;
 use crate::seal::SealError;
@@ -59,6 +60,20 @@ impl Tell for SealError {
             Self::Disk(error) => error.code(),
             Self::State(StateFileError::Io { source, .. }) | Self::Directory { source, .. } => of_io(source),
             Self::State(_) => Code::Io,
+        }
+    }
+}
+
+impl Tell for ExtentsError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Open { .. } | Self::NotFile(_) | Self::OtherDevice { .. } => Code::InvalidRequest,
+            Self::Kind { .. } => Code::Unsupported,
+            Self::NoPlace { .. } => Code::Busy,
+            Self::Map { source, .. } => match source.raw_os_error() {
+                Some(libc::EOPNOTSUPP) => Code::Unsupported,
+                _ => of_io(source),
+            },
         }
     }
 }

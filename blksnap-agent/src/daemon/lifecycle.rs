@@ -52,6 +52,8 @@ pub struct Config {
     pub metrics_listen: Option<SocketAddr>,
     /// How the size of tracking blocks follows from the capacity.
     pub parameters: TrackingParams,
+    /// Most memory that tracking one device may take, in bytes.
+    pub memory_limit: u64,
     /// The tracker.
     pub tracker: TrackerConfig,
     /// How devices are carried over reboots.

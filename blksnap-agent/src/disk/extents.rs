@@ -187,15 +187,21 @@ fn ranges(extents: &[FileExtent], first_byte: u64) -> Result<Vec<Extent>, &'stat
             });
         }
     }
-    found.sort_unstable();
-    found.dedup_by(|next, previous| {
+    Ok(joined(found))
+}
+
+/// The ranges ascending and apart: those that touch or overlap become one.
+#[must_use]
+pub fn joined(mut ranges: Vec<Extent>) -> Vec<Extent> {
+    ranges.sort_unstable();
+    ranges.dedup_by(|next, previous| {
         let joins = next.offset <= previous.end();
         if joins {
             previous.length = previous.end().max(next.end()) - previous.offset;
         }
         joins
     });
-    Ok(found)
+    ranges
 }
 
 #[cfg(test)]

@@ -380,6 +380,14 @@ impl Tracker {
         )
     }
 
+    /// Memory in the kernel that the bitmaps of a device of `blocks` blocks take, in bytes: of the open period and
+    /// of the next one while it is opened; where things are kept, as much for the blocks that are not saved yet.
+    #[must_use]
+    pub fn bitmap_bytes(&self, blocks: u64) -> u64 {
+        let bitmaps = if self.shared.documents.is_some() { 4 } else { 2 };
+        blocks.div_ceil(64).saturating_mul(8 * bitmaps)
+    }
+
     /// The tracked device with this number.
     #[must_use]
     pub fn device(&self, id: DeviceId) -> Option<Arc<TrackedDevice>> {

@@ -1,7 +1,6 @@
 //! Found: what becomes of a device, against a tracker that looks only when it is asked.
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,10 +8,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use blksnap_agent::cbt::ResetReason;
 use blksnap_agent::disk::BlockDevice;
-use blksnap_agent::sys::AlignedBuffer;
 use blksnap_agent::tracker::{Granularity, TrackedDevice, Tracker, TrackerConfig, TrackerError};
 use blksnap_agent::units::BlockSize;
-use blksnap_tests::{LoopDevice, LoopOptions, Zram, run};
+use blksnap_tests::{LoopDevice, LoopOptions, Zram, run, write_block};
 
 const MIB: u64 = 1 << 20;
 
@@ -30,14 +28,6 @@ fn tracker() -> Result<Arc<Tracker>> {
 fn attach(tracker: &Tracker, node: &Path) -> Result<Arc<TrackedDevice>> {
     let granularity = Granularity::Fixed(BlockSize::from_bytes(4096)?);
     Ok(tracker.attach(BlockDevice::open(node)?, granularity)?)
-}
-
-fn write(node: &Path, offset: u64) -> Result<()> {
-    let file = OpenOptions::new()
-        .write(true)
-        .custom_flags(libc::O_DIRECT)
-        .open(node)?;
-    Ok(file.write_all_at(&AlignedBuffer::zeroed(4096).as_slice()[..4096], offset)?)
 }
 
 /// The device is another one: that is said, no take is made, and it is tracked again only when it is attached again.
@@ -61,7 +51,7 @@ fn is_lost(tracker: &Tracker, device: &Arc<TrackedDevice>, node: &Path, reason: 
     let again = attach(tracker, node)?;
     ensure!(again.with_map(|map| map.info().began) == reason);
     ensure!(again.check_doubt().is_none() && again.lost().is_none());
-    write(node, 0)?;
+    write_block(node, 0)?;
     ensure!(again.close_period()?.count() == 1);
     ensure!(again.take()?.0.reset.is_none());
     Ok(())
@@ -112,7 +102,7 @@ fn a_zram_disk_that_was_reset() -> Result<()> {
     let node = disk.path();
     let device = attach(&tracker, &node)?;
     for block in 0..10 {
-        write(&node, block * 4096)?;
+        write_block(&node, block * 4096)?;
     }
     ensure!(device.check_doubt().is_none());
     // The kernel gives it neither another number nor another sequence number.
@@ -223,14 +213,14 @@ fn numbers_that_ran_out() -> Result<()> {
     let generation = device.with_map(|map| map.info().generation);
     let mut last = None;
     for number in 1..=254 {
-        write(disk.path(), u64::from(number) * 4096)?;
+        write_block(disk.path(), u64::from(number) * 4096)?;
         device.close_period()?;
         let (taken, map) = device.take()?;
         ensure!(taken.number == number && taken.reset.is_none(), "{taken:?}");
         last = map;
     }
     let old = last.context("a map")?;
-    write(disk.path(), 0)?;
+    write_block(disk.path(), 0)?;
     device.close_period()?;
     let (taken, map) = device.take()?;
     ensure!(

@@ -1,14 +1,12 @@
 //! Told: the reason is in the status, in every answer, in the metrics and in the log; the next take begins anew.
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use blksnap_agent::control::client::Client;
-use blksnap_agent::sys::AlignedBuffer;
-use blksnap_tests::{Daemon, DaemonOptions, LoopDevice, Tamper, run};
+use blksnap_tests::{Daemon, DaemonOptions, LoopDevice, Tamper, run, write_block};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -141,15 +139,6 @@ fn base(backup: &Value) -> String {
     )
 }
 
-/// Writes past the page cache.
-fn write(node: &Path, offset: u64) -> Result<()> {
-    let file = OpenOptions::new()
-        .write(true)
-        .custom_flags(libc::O_DIRECT)
-        .open(node)?;
-    Ok(file.write_all_at(&AlignedBuffer::zeroed(4096).as_slice()[..4096], offset)?)
-}
-
 #[test]
 fn a_passthrough_command() -> Result<()> {
     let scene = Scene::new(16 * MIB)?;
@@ -164,7 +153,7 @@ fn a_passthrough_command() -> Result<()> {
 fn a_map_that_fails() -> Result<()> {
     let scene = Scene::new(16 * MIB)?;
     scene.tamper()?.shrink_bitmap()?;
-    write(scene.disk.path(), 8 * MIB)?;
+    write_block(scene.disk.path(), 8 * MIB)?;
     scene.told("map_error")?;
     scene.begins_anew("map_error")
 }
@@ -228,7 +217,7 @@ fn a_hook_that_no_longer_fires() -> Result<()> {
     );
     while scene.status()?["cbt"]["corrupted"].is_null() {
         ensure!(begin.elapsed() < PATIENCE, "{}", scene.daemon.log());
-        write(scene.disk.path(), MIB)?;
+        write_block(scene.disk.path(), MIB)?;
         std::thread::sleep(Duration::from_millis(100));
     }
     scene.told("hook_dead")?;
@@ -255,7 +244,7 @@ fn a_device_that_grew() -> Result<()> {
         "{status}"
     );
     // Past the old end is tracked, too.
-    write(scene.disk.path(), 20 * MIB)?;
+    write_block(scene.disk.path(), 20 * MIB)?;
     ensure!(scene.backup(true)?["kind"] == "incremental");
     Ok(())
 }
@@ -282,7 +271,7 @@ fn a_device_that_is_gone_and_back() -> Result<()> {
         println!("{} was taken by somebody else", scene.node);
         return Ok(());
     }
-    write(node, 0)?;
+    write_block(node, 0)?;
     ensure!(scene.status()?["lost"] == "device_gone");
     let changes = scene.changes()?;
     ensure!(changes["full_needed"]["reason"] == "device_gone", "{changes}");

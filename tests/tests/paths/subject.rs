@@ -1,20 +1,18 @@
 //! Subject: tracked devices, and the comparison of what changed on them with what their maps report.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use blksnap_agent::disk::BlockDevice;
-use blksnap_agent::sys::AlignedBuffer;
 use blksnap_agent::tracker::{DirtyBlocks, Granularity, TrackedDevice, Tracker, TrackerConfig};
 use blksnap_agent::units::{BlockSize, DeviceId};
 use blksnap_common::track::OP_KINDS;
+use blksnap_tests::read_device;
 
 /// The unit of the comparison.
 const SECTOR: usize = 512;
-/// What is read at a time.
+/// What is compared at a time.
 const CHUNK: usize = 1 << 20;
 
 /// A tracked node and its content.
@@ -71,7 +69,7 @@ impl Subject {
     pub(crate) fn observe<T>(&mut self, change: impl FnOnce() -> Result<T>) -> Result<(T, Vec<Seen>)> {
         let mut operations = Vec::new();
         for slot in &mut self.slots {
-            slot.before = content(slot.device.path())?;
+            slot.before = read_device(slot.device.path())?;
             slot.device.close_period()?;
             operations.push(slot.device.counters()?.ops);
         }
@@ -93,7 +91,7 @@ impl Subject {
 impl Slot {
     fn seen(&self, dirty: &DirtyBlocks, before: [u64; OP_KINDS]) -> Result<Seen> {
         let device = self.device.device();
-        let now = content(self.device.path())?;
+        let now = read_device(self.device.path())?;
         ensure!(
             now.len() == self.before.len(),
             "{} was resized",
@@ -188,22 +186,4 @@ fn differences(now: &[u8], before: &[u8]) -> Vec<u64> {
                 .map(|(_, offset)| offset)
         })
         .collect()
-}
-
-/// All bytes of a node, past the page cache.
-pub(crate) fn content(node: &Path) -> Result<Vec<u8>> {
-    let file: File = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_DIRECT)
-        .open(node)
-        .with_context(|| format!("open {}", node.display()))?;
-    let length = usize::try_from(BlockDevice::open(node)?.capacity.bytes())?;
-    let mut bytes = Vec::with_capacity(length);
-    let mut chunk = AlignedBuffer::zeroed(CHUNK);
-    while bytes.len() < length {
-        let part = &mut chunk.as_mut_slice()[..CHUNK.min(length - bytes.len())];
-        file.read_exact_at(part, bytes.len() as u64)?;
-        bytes.extend_from_slice(part);
-    }
-    Ok(bytes)
 }

@@ -12,8 +12,7 @@ use crate::cbt::{Base, CbtMap, ChangedReport, FullReason, Heat, ResetReason};
 use crate::control::api;
 use crate::control::error::{ApiError, Code};
 use crate::control::server::MapPieces;
-use crate::tracker::{Granularity, MarkError, TrackedDevice};
-use crate::units::{BlockSize, Sectors};
+use crate::tracker::TrackedDevice;
 
 /// Buckets of a heat map when the request does not say.
 const DEFAULT_BUCKETS: u64 = 1024;
@@ -24,7 +23,7 @@ impl Agent {
             .tracker
             .devices()
             .iter()
-            .map(Self::status_of)
+            .map(|device| self.status_of(device))
             .collect::<Result<Vec<_>, _>>()?;
         devices.sort_by(|a, b| a.device.cmp(&b.device));
         Ok(api::Devices { devices })
@@ -34,20 +33,15 @@ impl Agent {
         let path = &request.device;
         let action = format!("attach {path}");
         let device = Self::open(path, "attach")?;
-        let granularity = match request.block_size {
-            None => Granularity::Adaptive(self.parameters),
-            Some(bytes) => Granularity::Fixed(
-                BlockSize::from_bytes(bytes)
-                    .map_err(|error| ApiError::of(Code::InvalidRequest, &action, &error))?,
-            ),
-        };
+        let granularity = self.granularity(request, &action)?;
+        self.check_memory(&device, granularity, &action)?;
         let tracked = self.track(device, granularity, &action)?;
         tracing::info!(
             device = %tracked.device().path.display(),
             block_size = tracked.block_size().bytes(),
             "attached"
         );
-        Self::status_of(&tracked)
+        self.status_of(&tracked)
     }
 
     pub(super) fn detach_device(&self, request: &api::DeviceName) -> Result<(), ApiError> {
@@ -58,7 +52,7 @@ impl Agent {
         Ok(())
     }
 
-    fn status_of(tracked: &Arc<TrackedDevice>) -> Result<api::DeviceStatus, ApiError> {
+    fn status_of(&self, tracked: &Arc<TrackedDevice>) -> Result<api::DeviceStatus, ApiError> {
         let device = tracked.device();
         let path = device.path.display().to_string();
         let action = format!("show {path}");
@@ -97,6 +91,7 @@ impl Agent {
                 })
                 .collect(),
             lost,
+            memory: self.memory(tracked.block_size().blocks_in(device.capacity)),
             cbt: Self::cbt_of(tracked),
             counters: api::Counters {
                 operations: by_kind(counters.ops),
@@ -133,12 +128,16 @@ impl Agent {
     pub(super) fn changes(&self, request: &api::ChangesQuery) -> Result<ChangedReport, ApiError> {
         let device = self.tracked(&request.device, "list the changes of")?;
         device.check_doubt();
-        let base = Base {
-            generation: request.generation,
-            number: request.number,
-        };
         let map = device.with_map(CbtMap::frozen);
-        Ok(ChangedReport::since(map, &base))
+        match (request.generation, request.number) {
+            (Some(generation), Some(number)) => Ok(ChangedReport::since(map, &Base { generation, number })),
+            (None, None) => Ok(ChangedReport::last(map)),
+            _ => Err(ApiError::new(
+                Code::InvalidRequest,
+                format!("list the changes of {}: half a base", request.device),
+                "give generation and number, or neither for what changed before the last take",
+            )),
+        }
     }
 
     pub(super) fn read_map(&self, request: &api::MapQuery) -> Result<MapPieces, ApiError> {
@@ -196,43 +195,5 @@ impl Agent {
             device: device.device().path.display().to_string(),
             heat,
         })
-    }
-
-    pub(super) fn mark(&self, request: &api::Mark) -> Result<api::Marked, ApiError> {
-        let action = format!("mark ranges of {}", request.device);
-        let device = self.tracked(&request.device, "mark ranges of")?;
-        let capacity = device.device().capacity;
-        let mut ranges = Vec::with_capacity(request.ranges.len());
-        for range in &request.ranges {
-            let end = range.offset.checked_add(range.length);
-            let Some(end) = end.filter(|end| range.length > 0 && *end <= capacity.bytes()) else {
-                return Err(ApiError::new(
-                    Code::OutOfRange,
-                    format!(
-                        "{action}: {}:{} is empty or ends past its {} bytes",
-                        range.offset,
-                        range.length,
-                        capacity.bytes()
-                    ),
-                    "give OFFSET:LENGTH within the device; nothing was marked",
-                ));
-            };
-            let start = range.offset / crate::units::SECTOR_BYTES;
-            let end = end.div_ceil(crate::units::SECTOR_BYTES);
-            ranges.push((Sectors::new(start), Sectors::new(end - start)));
-        }
-        let shift = device.block_size().sector_shift();
-        let blocks = ranges
-            .iter()
-            .map(|(start, count)| {
-                let last = (start.count() + count.count() - 1) >> shift;
-                last - (start.count() >> shift) + 1
-            })
-            .sum();
-        device.mark_both(&ranges).map_err(|error| match error {
-            MarkError::Range(error) => ApiError::of(Code::OutOfRange, &action, &error),
-            MarkError::Save(error) => error.tell(&action),
-        })?;
-        Ok(api::Marked { blocks })
     }
 }

@@ -6,7 +6,9 @@
 mod backups;
 mod claims;
 mod devices;
+mod marks;
 mod metrics;
+mod plan;
 mod seals;
 mod snapshots;
 
@@ -39,6 +41,8 @@ pub struct Agent {
     tracker: Arc<Tracker>,
     recorded: Recorded,
     parameters: TrackingParams,
+    /// Most memory that tracking one device may take, in bytes.
+    memory_limit: u64,
     snapshots: Snapshots,
     storage: PathBuf,
     nbd_socket: PathBuf,
@@ -62,6 +66,7 @@ impl Agent {
             tracker,
             recorded: Recorded::new(seals),
             parameters: config.parameters,
+            memory_limit: config.memory_limit,
             storage: config.storage.clone(),
             nbd_socket: config.nbd_socket.clone(),
             exports,
@@ -116,13 +121,13 @@ impl Agent {
         // From here on nobody detaches it.
         let claim = self.claim(&[&device], purpose, action)?;
         let id = device.id;
-        let (device, attached_here) = match self.tracker.device(id) {
-            Some(device) => (device, false),
-            None => match self.track(
-                device,
-                Granularity::Adaptive(self.parameters),
-                &format!("{action} {path}"),
-            ) {
+        let (device, attached_here) = if let Some(device) = self.tracker.device(id) {
+            (device, false)
+        } else {
+            let granularity = Granularity::Adaptive(self.parameters);
+            let action = format!("{action} {path}");
+            self.check_memory(&device, granularity, &action)?;
+            match self.track(device, granularity, &action) {
                 Ok(device) => {
                     tracing::info!(device = %device.device().path.display(), "attached for {action}");
                     (device, true)
@@ -132,7 +137,7 @@ impl Agent {
                     Some(device) if error.code() == Code::Already => (device, false),
                     _ => return Err(error),
                 },
-            },
+            }
         };
         Ok(Ensured {
             agent: self,
@@ -210,6 +215,10 @@ impl Service for Agent {
 
     fn attach(&self, request: &api::Attach) -> Result<api::DeviceStatus, ApiError> {
         self.attach_device(request)
+    }
+
+    fn plan(&self, request: &api::Attach) -> Result<api::AttachPlan, ApiError> {
+        self.plan_attach(request)
     }
 
     fn detach(&self, request: &api::DeviceName) -> Result<(), ApiError> {

@@ -73,8 +73,12 @@ impl Agent {
     ) -> Result<Arc<TrackedDevice>, ApiError> {
         let _changing = self.recorded.changing();
         let seals = &self.recorded.seals;
-        if self.tracker.device(device.id).is_some() {
-            return Err(TrackerError::Already(device.path.display().to_string()).tell(action));
+        if let Some(tracked) = self.tracker.device(device.id) {
+            tracked.check_doubt();
+            // One that was lost makes room for what has its number now.
+            if tracked.lost().is_none() {
+                return Err(TrackerError::Already(device.path.display().to_string()).tell(action));
+            }
         }
         let block_size = granularity.block_size(&device);
         let prepared = seals
