@@ -1,9 +1,10 @@
-//! Benchmark: what tracking costs a writer, how fast a backup is, how long a freeze.
+//! Benchmark: what tracking costs a writer, how fast a backup is, how long a freeze, how fast the NBD server.
 //!
 //! It runs the agent as it is used, a daemon and its commands, on devices of its own: a zram device and loop
 //! devices in the temporary directory. `cargo xtask bench` builds both and starts this.
 
 mod converge;
+mod nbd;
 mod programs;
 mod report;
 mod track;
@@ -37,6 +38,8 @@ enum Group {
     Track,
     /// Rate of a backup and length of a freeze
     Converge,
+    /// The NBD server beside qemu-nbd and nbdkit
+    Nbd,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -62,6 +65,18 @@ impl Bench {
 }
 
 fn main() -> ExitCode {
+    // The server that is measured is this program too, as a process of its own.
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some(nbd::SERVE) {
+        let words: Vec<String> = words.collect();
+        return match nbd::serve(&words) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(format_args!("error: {error:#}"));
+                ExitCode::FAILURE
+            }
+        };
+    }
     let arguments = Arguments::parse();
     match measure(&arguments.groups) {
         Ok(report) => {
@@ -93,6 +108,9 @@ fn measure(groups: &[Group]) -> Result<Report> {
     }
     if wanted(Group::Converge) {
         converge::measure(&mut bench)?;
+    }
+    if wanted(Group::Nbd) {
+        nbd::measure(&mut bench)?;
     }
     Ok(bench.report)
 }
