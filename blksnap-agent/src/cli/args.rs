@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::daemon::NbdOptions;
 use super::heat::When;
 use super::nbd::Nbd;
 use super::size;
@@ -130,6 +131,7 @@ impl Command {
 #[command(after_help = "Examples:
   sudo blksnap-agent daemon
   sudo blksnap-agent daemon --storage /mnt/big/blksnap --metrics-listen 127.0.0.1:9911
+  sudo blksnap-agent daemon --nbd-listen 0.0.0.0:10809 --nbd-tls /etc/blksnap/tls
   sudo blksnap-agent daemon --purge
 
 It ends by SIGTERM or Ctrl-C: snapshots are destroyed and sockets removed. Devices stay tracked by the kernel, and
@@ -171,6 +173,10 @@ pub struct Daemon {
     /// Serve /metrics over TCP too, on a loopback address
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub metrics_listen: Option<std::net::SocketAddr>,
+
+    /// The NBD server.
+    #[command(flatten)]
+    pub nbd: NbdOptions,
 
     /// What to log: error, warn, info, debug or trace, also as module=level,...
     #[arg(

@@ -1,15 +1,21 @@
 //! `daemon`.
 
 use std::io::ErrorKind;
-use std::path::Path;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use clap::Args;
 
-use super::args;
+use super::{args, size};
 use crate::cbt::TrackingParams;
 use crate::control::{CONTROL_SOCKET, NBD_SOCKET};
-use crate::daemon::{self, Config};
+use crate::daemon::{self, Config, NbdConfig};
+use crate::nbd::activation::Inherited;
+use crate::nbd::endpoint::LocalTls;
+use crate::nbd::server::ServerLimits;
+use crate::nbd::tls::Clients;
 use crate::seal::{Roots, SealConfig, StateDirectory};
 use crate::telemetry::log;
 use crate::tracker::{self, KeepConfig, TrackerConfig};
@@ -52,8 +58,11 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
             boot: options.boot_id,
         },
     };
+    // Before anything else is opened.
+    let inherited = Inherited::take()?;
     log::init(options.log_format, &options.log)?;
-    daemon::run(&Config {
+    let config = Config {
+        nbd: options.nbd.config()?,
         nbd_socket: std::path::absolute(runtime_dir.join(NBD_SOCKET))?,
         runtime_dir,
         control_socket,
@@ -73,8 +82,99 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
         },
         seal,
         device_wait: Duration::from_secs(options.device_wait.into()),
-    })?;
+    };
+    daemon::run(&config, inherited)?;
     Ok(())
+}
+
+/// The NBD server of `daemon`.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "NBD")]
+pub struct NbdOptions {
+    /// Serve images over TCP too; an address that is not a loopback one needs --nbd-tls
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub nbd_listen: Vec<SocketAddr>,
+
+    /// Directory with server-cert.pem, server-key.pem and ca-cert.pem, as qemu and nbdkit have it
+    #[arg(long, value_name = "DIR")]
+    pub nbd_tls: Option<PathBuf>,
+
+    /// Take clients without a certificate too: anybody who can reach the port reads every image
+    #[arg(long, requires = "nbd_tls")]
+    pub nbd_tls_any_client: bool,
+
+    /// Want TLS of clients on this machine too; others always need it
+    #[arg(long, requires = "nbd_tls")]
+    pub nbd_tls_required: bool,
+
+    /// Most connections
+    #[arg(long, value_name = "COUNT", default_value_t = ServerLimits::default().connections, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub nbd_connections: u32,
+
+    /// Most requests in flight on a connection
+    #[arg(long, value_name = "COUNT", default_value_t = ServerLimits::default().in_flight, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub nbd_in_flight: u32,
+
+    /// Most memory for requests and answers of a connection; at least 33M
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = size::parse)]
+    pub nbd_connection_memory: u64,
+
+    /// Most memory for requests and answers of all connections; at least 64M
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse)]
+    pub nbd_memory: u64,
+
+    /// Most threads for requests that wait for a disk
+    #[arg(long, value_name = "COUNT", default_value_t = ServerLimits::default().workers, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub nbd_workers: u32,
+
+    /// Longest handshake of a client
+    #[arg(long, value_name = "SECONDS", default_value_t = ServerLimits::default().handshake_timeout.as_secs(), value_parser = clap::value_parser!(u64).range(1..))]
+    pub nbd_handshake_timeout: u64,
+
+    /// Drop a client that takes nothing of its answers, or stops in a request, for so long
+    #[arg(long, value_name = "SECONDS", default_value_t = ServerLimits::default().write_timeout.as_secs(), value_parser = clap::value_parser!(u64).range(1..))]
+    pub nbd_write_timeout: u64,
+
+    /// Drop a client that asks nothing for so long; 0 for never
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub nbd_idle_timeout: u64,
+
+    /// Longest time for requests in flight when the daemon ends
+    #[arg(long, value_name = "SECONDS", default_value_t = ServerLimits::default().grace.as_secs())]
+    pub nbd_grace: u64,
+}
+
+impl NbdOptions {
+    fn config(self) -> Result<NbdConfig> {
+        let clients = if self.nbd_tls_any_client {
+            Clients::Anybody
+        } else {
+            Clients::Certified
+        };
+        Ok(NbdConfig {
+            listen: self.nbd_listen,
+            tls: match self.nbd_tls {
+                Some(directory) => Some((std::path::absolute(directory)?, clients)),
+                None => None,
+            },
+            local_tls: if self.nbd_tls_required {
+                LocalTls::Required
+            } else {
+                LocalTls::Offered
+            },
+            limits: ServerLimits {
+                connections: self.nbd_connections,
+                in_flight: self.nbd_in_flight,
+                connection_bytes: usize::try_from(self.nbd_connection_memory)?,
+                total_bytes: usize::try_from(self.nbd_memory)?,
+                workers: self.nbd_workers,
+                handshake_timeout: Duration::from_secs(self.nbd_handshake_timeout),
+                write_timeout: Duration::from_secs(self.nbd_write_timeout),
+                idle_timeout: Duration::from_secs(self.nbd_idle_timeout),
+                grace: Duration::from_secs(self.nbd_grace),
+            },
+        })
+    }
 }
 
 /// Ends all tracking that goes on without a daemon, and removes what is kept of it.

@@ -1,7 +1,8 @@
-//! `nbd connect`, `disconnect`, `reconnect` and `list`.
+//! `nbd status`, `connect`, `disconnect`, `reconnect` and `list`.
 //!
-//! They talk to the kernel themselves, so that devices can be looked at and ended when no daemon runs.
+//! All but the first talk to the kernel themselves, so that devices can be looked at and ended when no daemon runs.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use super::size::{self, human};
 use super::table::{Align, Table};
 use super::{Context, print};
 use crate::control::NBD_SOCKET;
-use crate::control::api::Snapshots;
+use crate::control::api::{NbdStatus, Snapshots};
 use crate::disk::BlockDevice;
 use crate::nbd::address::Address;
 use crate::nbd::kernel::commands::NbdFamily;
@@ -32,6 +33,11 @@ const LETTING_GO: Duration = Duration::from_secs(30);
 /// `nbd`
 #[derive(Debug, Subcommand)]
 pub enum Nbd {
+    /// Show the NBD server: where it listens, what it serves, its limits and what it did
+    #[command(after_help = "Examples:
+  blksnap-agent nbd status
+  blksnap-agent nbd status --output json | jq '.counters.timeouts'")]
+    Status,
     /// Make an export a block device /dev/nbdN of this machine
     #[command(after_help = "Examples:
   blksnap-agent nbd connect $id/sdb1               prints the device; mount it read-only from there
@@ -177,6 +183,10 @@ pub(super) async fn run(context: &Context, socket: &Path, command: Nbd) -> Resul
             Ok(())
         }
         Nbd::Reconnect { devices } => reconnect(context, &devices),
+        Nbd::Status => {
+            let status: NbdStatus = context.client.get("/v1/nbd").await?;
+            context.print(&status, status_text)
+        }
         Nbd::List => {
             family()?;
             let devices = ours(&Sysfs::default()).map(describe).collect();
@@ -329,6 +339,83 @@ fn describe(known: Known) -> Device {
         dead_timeout_seconds: number(|backend| backend.dead_timeout.as_secs()),
         links: Links::default().of(&node(known.index)).unwrap_or_default(),
     }
+}
+
+fn status_text(status: &NbdStatus) -> String {
+    let mut text = String::new();
+    // Writing to a string can't fail, here and below.
+    for endpoint in &status.endpoints {
+        let _ = writeln!(
+            text,
+            "{:<12}{}, TLS {}",
+            "listens", endpoint.address, endpoint.tls
+        );
+    }
+    let (limits, counters) = (&status.limits, &status.counters);
+    let rows = [
+        (
+            "clients",
+            format!(
+                "{} of {}, {} since the start, {} refused, {} dropped",
+                counters.connections_open,
+                limits.connections,
+                counters.connections,
+                counters.connections_refused,
+                counters.sessions_dropped
+            ),
+        ),
+        (
+            "handshakes",
+            format!(
+                "{} failed, {} of them by TLS; longest {} s",
+                counters.handshakes_failed, counters.tls_failed, limits.handshake_seconds
+            ),
+        ),
+        (
+            "memory",
+            format!(
+                "{} of {}",
+                human(counters.memory_bytes),
+                human(limits.total_bytes)
+            ),
+        ),
+        (
+            "data",
+            format!(
+                "{} read, {} written",
+                human(counters.read_bytes),
+                human(counters.written_bytes)
+            ),
+        ),
+        (
+            "timeouts",
+            counters
+                .timeouts
+                .iter()
+                .map(|(name, count)| format!("{name} {count}"))
+                .collect::<Vec<_>>()
+                .join(", "),
+        ),
+    ];
+    for (name, value) in rows {
+        let _ = writeln!(text, "{name:<12}{value}");
+    }
+    let mut table = Table::new([
+        ("EXPORT", Align::Left),
+        ("SIZE", Align::Right),
+        ("MODE", Align::Left),
+        ("CLIENTS", Align::Right),
+    ]);
+    for export in &status.exports {
+        table.row([
+            export.name.clone(),
+            human(export.size),
+            if export.read_only { "ro" } else { "rw" }.to_owned(),
+            export.clients.to_string(),
+        ]);
+    }
+    let _ = write!(text, "\n{}", table.text());
+    text
 }
 
 fn list(devices: &Devices) -> String {

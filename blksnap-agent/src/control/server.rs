@@ -132,6 +132,11 @@ pub trait Service: Send + Sync + 'static {
     /// # Errors
     /// As [`Service::snapshot_take`], and what can be wrong with the file.
     fn backup(&self, request: &api::Backup, reporter: &Reporter) -> Result<api::BackupResult, ApiError>;
+    /// The NBD server.
+    ///
+    /// # Errors
+    /// As for all calls.
+    fn nbd(&self) -> Result<api::NbdStatus, ApiError>;
     /// All metrics as OpenMetrics text.
     ///
     /// # Errors
@@ -345,6 +350,10 @@ async fn backup(State(context): State<Context>, Body(request): Body<api::Backup>
     stream::respond(&stop, move |reporter| service.backup(&request, reporter))
 }
 
+async fn nbd(State(context): State<Context>) -> Answer<api::NbdStatus> {
+    answer(context, Service::nbd).await
+}
+
 async fn metrics(State(context): State<Context>) -> Result<Response, ApiError> {
     let text = blocking(context, Service::metrics).await?;
     Ok(([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response())
@@ -377,6 +386,7 @@ pub fn router(service: Arc<dyn Service>, stop: CancellationToken) -> Router {
         .route("/v1/snapshots/{id}/devices", post(snapshot_add))
         .route("/v1/snapshots/{id}/take", post(snapshot_take))
         .route("/v1/backups", post(backup))
+        .route("/v1/nbd", get(nbd))
         .route("/metrics", get(metrics))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)

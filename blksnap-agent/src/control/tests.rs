@@ -136,6 +136,9 @@ impl Service for Script {
             },
         })
     }
+    fn nbd(&self) -> Result<api::NbdStatus, ApiError> {
+        Ok(api::NbdStatus::default())
+    }
     fn metrics(&self) -> Result<String, ApiError> {
         Ok("# EOF\n".to_owned())
     }

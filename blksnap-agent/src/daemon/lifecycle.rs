@@ -3,7 +3,9 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,10 +20,14 @@ use super::agent::Agent;
 use crate::cbt::TrackingParams;
 use crate::control::directory::{DirectoryError, RuntimeDirectory};
 use crate::control::{LOCK_FILE, Service, server};
-use crate::nbd::endpoint::EndpointError;
+use crate::nbd::activation::Inherited;
+use crate::nbd::address::Address;
+use crate::nbd::endpoint::{Endpoint, EndpointError, LocalTls};
+use crate::nbd::kernel;
 use crate::nbd::registry::Exports;
 use crate::nbd::server::{Server, ServerLimits};
 use crate::nbd::socket::{self as nbd_socket, SocketName};
+use crate::nbd::tls::{Clients, ServerTls, TlsError};
 use crate::seal::{SealConfig, SealError, Seals, StateLock};
 use crate::tracker::{Tracker, TrackerConfig, TrackerError};
 
@@ -46,6 +52,8 @@ pub struct Config {
     pub control_socket: PathBuf,
     /// The NBD socket.
     pub nbd_socket: PathBuf,
+    /// The NBD server.
+    pub nbd: NbdConfig,
     /// Directory of the difference storage of snapshots that name none.
     pub storage: PathBuf,
     /// Address for `/metrics` over TCP, a loopback one.
@@ -60,6 +68,19 @@ pub struct Config {
     pub seal: SealConfig,
     /// How long the start waits for recorded devices that are not there yet.
     pub device_wait: Duration,
+}
+
+/// What the NBD server is told at its start.
+#[derive(Clone, Debug, Default)]
+pub struct NbdConfig {
+    /// TCP addresses beside the socket.
+    pub listen: Vec<SocketAddr>,
+    /// Directory of the certificates, and who may connect with TLS.
+    pub tls: Option<(PathBuf, Clients)>,
+    /// Whether clients on this machine must use TLS over TCP.
+    pub local_tls: LocalTls,
+    /// Bounds.
+    pub limits: ServerLimits,
 }
 
 /// The daemon can't start, or ended by an error.
@@ -123,6 +144,9 @@ pub enum DaemonError {
     /// A socket for NBD can't be made.
     #[error(transparent)]
     Nbd(#[from] EndpointError),
+    /// The certificates can't be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The runtime, its signals or the server failed.
     #[error("run the daemon: {0}")]
     Io(#[from] io::Error),
@@ -180,11 +204,11 @@ impl Drop for DirectoryLock {
     }
 }
 
-/// Runs the daemon until SIGTERM, SIGINT or SIGHUP.
+/// Runs the daemon until SIGTERM, SIGINT or SIGHUP, on the sockets of the service manager where it has made some.
 ///
 /// # Errors
 /// It can't start: nothing is left behind then.
-pub fn run(config: &Config) -> Result<(), DaemonError> {
+pub fn run(config: &Config, inherited: Inherited) -> Result<(), DaemonError> {
     let metrics = config.metrics_listen.map(listen_metrics).transpose()?;
     // Dropped in the opposite order: the lock file, then the directory.
     let _directory = RuntimeDirectory::prepare(&config.runtime_dir)?;
@@ -210,7 +234,7 @@ pub fn run(config: &Config) -> Result<(), DaemonError> {
         .thread_name("blksnap")
         .enable_all()
         .build()?;
-    let ended = runtime.block_on(serve(config, tracker, seals, metrics));
+    let ended = runtime.block_on(serve(config.clone(), inherited, tracker, seals, metrics));
     runtime.shutdown_timeout(THREADS);
     ended
 }
@@ -245,8 +269,65 @@ impl Signals {
     }
 }
 
-async fn serve(
+/// The endpoints of the NBD server. Inherited sockets take the place of the daemon's own one.
+fn endpoints(config: &mut Config, inherited: Vec<OwnedFd>) -> Result<Vec<Endpoint>, DaemonError> {
+    let NbdConfig {
+        listen,
+        tls,
+        local_tls,
+        ..
+    } = &config.nbd;
+    let tls = match tls {
+        Some((directory, clients)) => Some(Arc::new(ServerTls::load(directory, *clients)?)),
+        None => None,
+    };
+    let mut endpoints = Vec::new();
+    for socket in inherited {
+        endpoints.push(Endpoint::inherited(socket, tls.as_ref(), *local_tls)?);
+    }
+    let unix = endpoints.iter().find_map(|endpoint| match endpoint.address() {
+        Address::Unix(path) => Some(path.clone()),
+        Address::Tcp(_) => None,
+    });
+    for address in listen {
+        endpoints.push(Endpoint::tcp(*address, tls.as_ref(), *local_tls)?);
+    }
+    match unix {
+        Some(path) => config.nbd_socket = path,
+        None => endpoints.push(Endpoint::unix(&config.nbd_socket)?),
+    }
+    Ok(endpoints)
+}
+
+/// The control socket: the inherited one, or a new one with its name.
+fn control_socket(
     config: &Config,
+    inherited: Option<OwnedFd>,
+) -> Result<(UnixListener, Option<SocketName>), DaemonError> {
+    match inherited {
+        Some(socket) => Ok((UnixListener::from(socket), None)),
+        None => {
+            let (listener, name) = nbd_socket::listen_on(&config.control_socket)?;
+            Ok((listener, Some(name)))
+        }
+    }
+}
+
+/// Gives the kernel's devices that were connected to a daemon before this one new connections, if their exports are
+/// there again.
+fn reconnect_devices(socket: &Path) {
+    let server = Address::Unix(socket.to_owned());
+    for (index, outcome) in kernel::reconnect_all(&server) {
+        match outcome {
+            Ok(backend) => tracing::info!(device = index, export = backend.export, "nbd device reconnected"),
+            Err(error) => tracing::warn!(device = index, %error, "an nbd device stays without a server"),
+        }
+    }
+}
+
+async fn serve(
+    mut config: Config,
+    inherited: Inherited,
     tracker: Arc<Tracker>,
     seals: Seals,
     metrics: Option<TcpListener>,
@@ -254,21 +335,16 @@ async fn serve(
     let mut signals = Signals::listen()?;
     let stop = CancellationToken::new();
     let exports = Arc::new(Exports::new());
-    let nbd = Server::start(&config.nbd_socket, Arc::clone(&exports), &ServerLimits::default())?;
-    let agent = Arc::new(Agent::new(config, tracker, exports, nbd.counters(), seals));
+    let endpoints = endpoints(&mut config, inherited.nbd)?;
+    let (control, name) = control_socket(&config, inherited.control)?;
+    let nbd = Server::start_on(endpoints, Arc::clone(&exports), &config.nbd.limits);
+    let agent = Arc::new(Agent::new(&config, tracker, exports, &nbd, seals));
     let restored = Arc::clone(&agent);
     let wait = config.device_wait;
     tokio::task::spawn_blocking(move || restored.restore(wait))
         .await
         .map_err(io::Error::other)?;
     let service: Arc<dyn Service> = Arc::<Agent>::clone(&agent);
-    let (control, name): (_, SocketName) = match nbd_socket::listen_on(&config.control_socket) {
-        Ok(made) => made,
-        Err(error) => {
-            nbd.stop().await;
-            return Err(error.into());
-        }
-    };
     let mut serving = tokio::spawn(server::serve_unix(
         control,
         server::router(Arc::clone(&service), stop.clone()),
@@ -287,6 +363,8 @@ async fn serve(
         "ready"
     );
     notify(&[NotifyState::Ready]);
+    let socket = config.nbd_socket.clone();
+    tokio::task::spawn_blocking(move || reconnect_devices(&socket));
 
     let failed = tokio::select! {
         signal = signals.wait() => {

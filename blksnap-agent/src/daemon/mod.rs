@@ -15,7 +15,7 @@ pub mod doctor;
 mod errors;
 mod lifecycle;
 
-pub use lifecycle::{Config, DaemonError, run};
+pub use lifecycle::{Config, DaemonError, NbdConfig, run};
 
 /// Directory of the difference storage unless told otherwise.
 pub const STORAGE: &str = "/var/lib/blksnap/storage";

@@ -7,7 +7,7 @@
 //! | [`changes`] | what changed, as metadata contexts |
 //! | [`registry`] | the exports offered now; they come and go |
 //! | [`server`] | accepts clients, ends in good order; [`limits`] is what bounds it |
-//! | [`endpoint`] | the sockets that it listens on: [`socket`] is ours, [`tls`] the certificates |
+//! | [`endpoint`] | the sockets that it listens on: [`socket`], [`activation`], [`tls`] |
 //! | `connection` | one client: the handshake, a task |
 //! | `transmit` | one client: its requests, a thread; beside it `workers`, `buffers`, `readahead`, `wake`, `end` |
 //! | [`client`] | the other side of the handshake |
@@ -17,6 +17,7 @@
 //! A caller makes a [`registry::Exports`], starts a [`server::Server`] on it, adds and removes exports at will, and
 //! stops the server at the end.
 
+pub mod activation;
 pub mod address;
 mod buffers;
 pub mod changes;

@@ -5,7 +5,7 @@
 //! ones are answered with `NBD_ESHUTDOWN` (options with `NBD_REP_ERR_SHUTDOWN`), and a connection with nothing in
 //! flight is closed. What still runs after the grace time is dropped.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -35,7 +35,7 @@ const DROPPING: Duration = Duration::from_secs(2);
 
 /// The NBD server of a process. Dropped without [`Server::stop`] it ends too, but nobody waits for it.
 pub struct Server {
-    addresses: Vec<Address>,
+    endpoints: Vec<(Address, Tls)>,
     shared: Arc<Shared>,
     ending: EndOnDrop,
     accepting: Vec<JoinHandle<()>>,
@@ -75,9 +75,9 @@ impl Server {
             end: Arc::clone(&end),
         });
         let clients = TaskTracker::new();
-        let addresses: Vec<Address> = endpoints
+        let known = endpoints
             .iter()
-            .map(|endpoint| endpoint.address().clone())
+            .map(|endpoint| (endpoint.address().clone(), endpoint.mode()))
             .collect();
         let accepting = endpoints
             .into_iter()
@@ -87,7 +87,7 @@ impl Server {
             })
             .collect();
         Self {
-            addresses,
+            endpoints: known,
             shared,
             ending: EndOnDrop(end),
             accepting,
@@ -95,17 +95,17 @@ impl Server {
         }
     }
 
-    /// Where clients find it.
+    /// Where clients find it, and how each place stands to TLS.
     #[must_use]
-    pub fn addresses(&self) -> &[Address] {
-        &self.addresses
+    pub fn endpoints(&self) -> &[(Address, Tls)] {
+        &self.endpoints
     }
 
     /// The first unix socket.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
-        self.addresses.iter().find_map(|address| match address {
-            Address::Unix(path) => Some(PathBuf::as_path(path)),
+        self.endpoints.iter().find_map(|(address, _)| match address {
+            Address::Unix(path) => Some(path.as_path()),
             Address::Tcp(_) => None,
         })
     }
@@ -125,7 +125,7 @@ impl Server {
     /// Ends the server: finishes what is in flight, at most for the grace time, and removes its sockets.
     pub async fn stop(self) {
         let Self {
-            addresses,
+            endpoints,
             shared,
             ending,
             accepting,
@@ -146,7 +146,7 @@ impl Server {
                 tracing::warn!(clients = clients.len(), "threads of nbd clients are left alone");
             }
         }
-        for address in addresses {
+        for (address, _) in endpoints {
             tracing::info!(%address, "nbd server ended");
         }
     }

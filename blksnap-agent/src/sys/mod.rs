@@ -4,6 +4,7 @@ mod buffer;
 pub mod cached;
 pub mod fdpass;
 pub mod fiemap;
+pub mod inherit;
 pub mod ioctl;
 pub mod mman;
 pub mod uring;

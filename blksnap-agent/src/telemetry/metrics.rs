@@ -82,12 +82,34 @@ pub struct TakeSample {
 pub struct NbdSample {
     /// Connections now.
     pub connections: u64,
+    /// Most connections.
+    pub connections_limit: u64,
+    /// Connections accepted.
+    pub connections_accepted: u64,
+    /// Connections closed at once, because there were too many.
+    pub connections_refused: u64,
+    /// Handshakes that failed.
+    pub handshakes_failed: u64,
+    /// Clients that TLS could not be started with.
+    pub tls_failed: u64,
+    /// Clients dropped in transmission.
+    pub sessions_dropped: u64,
+    /// Clients dropped by time-out, each time-out present.
+    pub timeouts: Vec<(&'static str, u64)>,
+    /// Requests of workers now.
+    pub in_flight: u64,
+    /// Bytes of requests and answers now.
+    pub memory_bytes: u64,
+    /// Most bytes of requests and answers.
+    pub memory_limit_bytes: u64,
     /// Exports now.
     pub exports: u64,
     /// Requests by command, each command present.
     pub requests: Vec<(&'static str, u64)>,
     /// Bytes of images sent.
     pub read_bytes: u64,
+    /// Bytes written to exports.
+    pub written_bytes: u64,
     /// Requests answered with an error, by error, each error present.
     pub errors: Vec<(&'static str, u64)>,
 }
@@ -321,6 +343,52 @@ impl Sample {
             self.nbd.connections,
         )?;
         out.gauge(
+            "nbd_connections_limit",
+            "Most connections of NBD clients.",
+            None,
+            self.nbd.connections_limit,
+        )?;
+        out.counters(
+            "nbd_clients",
+            "Connections of NBD clients since the start, by what became of them.",
+            None,
+            [
+                ([("outcome", "accepted")], self.nbd.connections_accepted),
+                ([("outcome", "refused")], self.nbd.connections_refused),
+                ([("outcome", "handshake_failed")], self.nbd.handshakes_failed),
+                ([("outcome", "tls_failed")], self.nbd.tls_failed),
+                ([("outcome", "dropped")], self.nbd.sessions_dropped),
+            ]
+            .into_iter(),
+        )?;
+        out.counters(
+            "nbd_timeouts",
+            "NBD clients dropped by a time-out, by time-out.",
+            None,
+            self.nbd
+                .timeouts
+                .iter()
+                .map(|(timeout, count)| ([("timeout", *timeout)], *count)),
+        )?;
+        out.gauge(
+            "nbd_in_flight",
+            "Requests of NBD clients that wait for a disk.",
+            None,
+            self.nbd.in_flight,
+        )?;
+        out.gauge(
+            "nbd_memory",
+            "Memory of requests and answers of NBD clients.",
+            Some(Unit::Bytes),
+            self.nbd.memory_bytes,
+        )?;
+        out.gauge(
+            "nbd_memory_limit",
+            "Most memory of requests and answers of NBD clients.",
+            Some(Unit::Bytes),
+            self.nbd.memory_limit_bytes,
+        )?;
+        out.gauge(
             "nbd_exports",
             "Exports of the NBD server.",
             None,
@@ -340,6 +408,12 @@ impl Sample {
             "Bytes of images sent to NBD clients.",
             Some(Unit::Bytes),
             self.nbd.read_bytes,
+        )?;
+        out.counter(
+            "nbd_written",
+            "Bytes that NBD clients wrote to exports.",
+            Some(Unit::Bytes),
+            self.nbd.written_bytes,
         )?;
         out.counters(
             "nbd_errors",

@@ -9,7 +9,7 @@ use super::Agent;
 use crate::cbt::{CbtMap, ResetReason};
 use crate::control::api::SnapshotState;
 use crate::control::error::{ApiError, Code};
-use crate::telemetry::metrics::{self, DeviceSample, NbdSample, Sample, TakeSample};
+use crate::telemetry::metrics::{self, DeviceSample, Sample, TakeSample};
 
 /// Takes since the start.
 #[derive(Debug, Default)]
@@ -89,7 +89,6 @@ impl Agent {
                 .filter(|snapshot| snapshot.state == state)
                 .count() as u64
         };
-        let nbd = self.nbd_counters.snapshot();
         metrics::render(Sample {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel: doctor::release(),
@@ -100,22 +99,7 @@ impl Agent {
                 .collect(),
             storage_bytes: snapshots.iter().map(|snapshot| snapshot.storage_bytes).sum(),
             takes: self.takes.sample(),
-            nbd: NbdSample {
-                connections: nbd.connections_open,
-                exports: self.exports.names().len() as u64,
-                requests: nbd
-                    .requests
-                    .iter()
-                    .map(|(command, count)| (command.name(), *count))
-                    .chain([("unknown", nbd.requests_unknown)])
-                    .collect(),
-                read_bytes: nbd.bytes_read,
-                errors: nbd
-                    .errors
-                    .iter()
-                    .map(|(error, count)| (error.name(), *count))
-                    .collect(),
-            },
+            nbd: self.nbd_sample(),
         })
         .map_err(|error| ApiError::of(Code::Io, "show the metrics", &error))
     }

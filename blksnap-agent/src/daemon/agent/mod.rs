@@ -8,6 +8,7 @@ mod claims;
 mod devices;
 mod marks;
 mod metrics;
+mod nbd;
 mod plan;
 mod seals;
 mod snapshots;
@@ -19,6 +20,7 @@ use blksnap_common::track::ABI_VERSION;
 
 use self::claims::{Claim, Claimed, Claims, Purpose};
 use self::metrics::Takes;
+use self::nbd::NbdView;
 use self::seals::Recorded;
 use super::doctor;
 use super::errors::Tell as _;
@@ -29,8 +31,8 @@ use crate::control::error::{ApiError, Code};
 use crate::control::server::{MapPieces, Service};
 use crate::control::stream::Reporter;
 use crate::disk::BlockDevice;
-use crate::nbd::counters::Counters;
 use crate::nbd::registry::Exports;
+use crate::nbd::server::Server;
 use crate::seal::Seals;
 use crate::snapshot::Snapshots;
 use crate::tracker::{Granularity, TrackedDevice, Tracker};
@@ -47,7 +49,7 @@ pub struct Agent {
     storage: PathBuf,
     nbd_socket: PathBuf,
     exports: Arc<Exports>,
-    nbd_counters: Arc<Counters>,
+    nbd: NbdView,
     claims: Claims,
     takes: Takes,
 }
@@ -58,7 +60,7 @@ impl Agent {
         config: &Config,
         tracker: Arc<Tracker>,
         exports: Arc<Exports>,
-        nbd_counters: Arc<Counters>,
+        nbd: &Server,
         seals: Seals,
     ) -> Self {
         Self {
@@ -70,7 +72,7 @@ impl Agent {
             storage: config.storage.clone(),
             nbd_socket: config.nbd_socket.clone(),
             exports,
-            nbd_counters,
+            nbd: NbdView::of(nbd),
             claims: Claims::default(),
             takes: Takes::default(),
         }
@@ -285,6 +287,10 @@ impl Service for Agent {
 
     fn backup(&self, request: &api::Backup, reporter: &Reporter) -> Result<api::BackupResult, ApiError> {
         self.make_backup(request, reporter)
+    }
+
+    fn nbd(&self) -> Result<api::NbdStatus, ApiError> {
+        Ok(self.nbd_status())
     }
 
     fn metrics(&self) -> Result<String, ApiError> {

@@ -34,6 +34,7 @@ use std::time::Duration;
 
 use self::backend::Backend;
 use self::commands::{Device, KernelError, Link, NbdFamily};
+use self::genetlink::KernelSocket;
 use self::sysfs::Sysfs;
 use super::address::Address;
 use super::client::{ClientError, Connection};
@@ -251,4 +252,38 @@ pub fn reconnect(nbd: &mut NbdFamily, sysfs: &Sysfs, index: u32) -> Result<Backe
     };
     nbd.reconnect(index, &link, &sockets)?;
     Ok(backend)
+}
+
+/// Gives all devices that are connected to `server` new connections in place of dead ones. Empty where the kernel has
+/// no NBD client, or no such device.
+#[must_use]
+pub fn reconnect_all(server: &Address) -> Vec<(u32, Result<Backend, DeviceError>)> {
+    let sysfs = Sysfs::default();
+    let ours: Vec<u32> = sysfs
+        .devices()
+        .into_iter()
+        .filter(|known| {
+            known
+                .backend
+                .as_ref()
+                .is_some_and(|backend| backend.server == *server)
+        })
+        .map(|known| known.index)
+        .collect();
+    if ours.is_empty() {
+        return Vec::new();
+    }
+    let family = KernelSocket::open()
+        .map_err(|source| KernelError::Netlink {
+            action: "reconnect the nbd devices",
+            source,
+        })
+        .and_then(|socket| NbdFamily::open(Box::new(socket)));
+    match family {
+        Ok(mut nbd) => ours
+            .into_iter()
+            .map(|index| (index, reconnect(&mut nbd, &sysfs, index)))
+            .collect(),
+        Err(error) => vec![(ours[0], Err(error.into()))],
+    }
 }
