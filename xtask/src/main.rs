@@ -62,7 +62,7 @@ enum Command {
         #[arg(last = true)]
         args: Vec<OsString>,
     },
-    /// Measure the agent on devices made for it (root): `track`, `converge`, `nbd`; everything without a NAME
+    /// Measure the agent on devices made for it (root): `track`, of it `storm` and `idle`, `converge`, and `nbd`; everything without a NAME
     Bench {
         /// Arguments of the benchmark: `[NAME]... [--output json]`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "NAME")]

@@ -4,9 +4,11 @@
 //! devices in the temporary directory. `cargo xtask bench` builds both and starts this.
 
 mod converge;
+mod idle;
 mod nbd;
 mod programs;
 mod report;
+mod storm;
 mod track;
 
 use std::process::ExitCode;
@@ -34,8 +36,12 @@ struct Arguments {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Group {
-    /// What tracking costs a writer
+    /// What tracking costs: a writer, the agent in a storm, its memory; how quick a map is read
     Track,
+    /// Of `track`, the agent's memory and the reading of a map only
+    Idle,
+    /// Of `track`, a storm of writes only
+    Storm,
     /// Rate of a backup and length of a freeze
     Converge,
     /// The NBD server beside qemu-nbd and nbdkit
@@ -105,6 +111,12 @@ fn measure(groups: &[Group]) -> Result<Report> {
     let wanted = |group| groups.is_empty() || groups.contains(&group);
     if wanted(Group::Track) {
         track::measure(&mut bench)?;
+    }
+    if wanted(Group::Track) || wanted(Group::Idle) {
+        idle::measure(&mut bench)?;
+    }
+    if wanted(Group::Track) || wanted(Group::Storm) {
+        storm::measure(&mut bench)?;
     }
     if wanted(Group::Converge) {
         converge::measure(&mut bench)?;

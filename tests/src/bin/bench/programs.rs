@@ -56,6 +56,22 @@ impl Runs {
     }
 }
 
+/// Seconds of processor time that a process and its threads have used (proc_pid_stat(5), fields 14 and 15).
+pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field is a name in parentheses, which may hold anything.
+    let (_, rest) = stat.rsplit_once(')').context("the kernel's line has no name")?;
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let ticks = |field: usize| -> Result<f64> {
+        let text = fields.get(field - 3).context("the kernel's line is short")?;
+        Ok(text.parse()?)
+    };
+    let hertz = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("no clock tick")?;
+    #[expect(clippy::cast_precision_loss, reason = "some hundreds")]
+    let hertz = hertz as f64;
+    Ok((ticks(14)? + ticks(15)?) / hertz)
+}
+
 /// The number of the tracking program of a daemon: among the programs that the process has open.
 pub(crate) fn tracking_program(daemon: u32) -> Result<u32> {
     let mut open = Vec::new();

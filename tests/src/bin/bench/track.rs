@@ -114,7 +114,8 @@ fn repeat(bench: &Bench, name: &str, mut once: impl FnMut() -> Result<f64>) -> R
         .collect()
 }
 
-fn attach(daemon: &Daemon, node: &Path, block_size: &str) -> Result<()> {
+/// Tracks the node in blocks of this size.
+pub(crate) fn attach(daemon: &Daemon, node: &Path, block_size: &str) -> Result<()> {
     daemon.run([
         "attach".as_ref(),
         "--block-size".as_ref(),
@@ -125,7 +126,7 @@ fn attach(daemon: &Daemon, node: &Path, block_size: &str) -> Result<()> {
 }
 
 /// Runs fio on the node and gives the writes per second.
-fn fio(bench: &Bench, node: &Path, arguments: &str) -> Result<f64> {
+pub(crate) fn fio(bench: &Bench, node: &Path, arguments: &str) -> Result<f64> {
     let mut command = Command::new("fio");
     command
         .args(["--name=writer", "--output-format=json", "--allow_file_create=0"])
