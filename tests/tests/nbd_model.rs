@@ -321,7 +321,7 @@ fn clients_of_every_framing_share_one_disk_that_is_plain_memory() -> Result<()> 
                 );
             }
             Verdict::Refuse(errors) => {
-                ensure!(errors.contains(&answer.error), "{request:?}: {}", answer.error)
+                ensure!(errors.contains(&answer.error), "{request:?}: {}", answer.error);
             }
             Verdict::Disconnect => unreachable!("no disconnect is sent"),
         }

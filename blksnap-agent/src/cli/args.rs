@@ -69,7 +69,7 @@ pub enum Output {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run the daemon, which does the work for all other commands
-    Daemon(Daemon),
+    Daemon(Box<Daemon>),
     /// Begin to track devices
     Attach(Attach),
     /// End to track devices

@@ -121,7 +121,7 @@ fn privileged(cli: Cli) -> Result<ExitCode> {
         output: cli.output,
     };
     match cli.command {
-        Command::Daemon(options) => daemon::run(options, &cli.socket).map(done),
+        Command::Daemon(options) => daemon::run(*options, &cli.socket).map(done),
         Command::Attach(options) => block_on(device::attach(&context, &options)).map(done),
         Command::Detach(options) => block_on(device::detach(&context, &options)).map(done),
         Command::Status(options) => block_on(device::status(&context, &options)).map(done),

@@ -1,11 +1,11 @@
 //! Limits: what bounds a server, and the memory that its connections share.
 //!
 //! # Memory
-//! Every buffer that a client can cause is taken from a [`Budget`]: at most [`ServerLimits::connection_bytes`] for a
+//! Every buffer that a client can cause is taken from a `Budget`: at most [`ServerLimits::connection_bytes`] for a
 //! connection, at most [`ServerLimits::total_bytes`] for all. What one connection may have also shrinks with what is
 //! left: half of it. A few clients that never read their answers therefore can't take everything; the more of them
 //! there are, the less each one gets, and something is always left for the next. Where even that is used up, a
-//! connection that has nothing still gets [`FLOOR`] bytes, so that it goes on.
+//! connection that has nothing still gets `FLOOR` bytes, so that it goes on.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

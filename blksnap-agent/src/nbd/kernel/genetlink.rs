@@ -1,6 +1,6 @@
 //! Generic netlink: a socket to the kernel, and the number of a family.
 //!
-//! A request is answered by messages of its family, then by an error or an acknowledgement; [`exchange`] gathers
+//! A request is answered by messages of its family, then by an error or an acknowledgement; `exchange` gathers
 //! them. The socket is behind [`Channel`], so that tests can play the kernel.
 
 use std::io;
