@@ -326,7 +326,7 @@ fn every_flag_with_every_command() -> Result<()> {
                     use blksnap_tests::nbd::Verdict;
                     match judged.first().map(|(_, verdict)| verdict) {
                         Some(Verdict::Refuse(errors)) => {
-                            ensure!(errors.contains(&answer.error), "{answer:?}")
+                            ensure!(errors.contains(&answer.error), "{answer:?}");
                         }
                         Some(Verdict::Carry) => {
                             let fast = bit == 4 && answer.error == err::ENOTSUP;

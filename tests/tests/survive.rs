@@ -1,7 +1,5 @@
 //! Survive: tracking goes on without an agent, and the next one knows all of it.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do, by a panic")]
-
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -9,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use blksnap_agent::cbt::{Base, ResetReason};
+use blksnap_agent::cbt::{Base, CbtMap, ResetReason};
 use blksnap_agent::disk::BlockDevice;
 use blksnap_agent::tracker::{
     Granularity, KeepConfig, PinError, TrackedDevice, Tracker, TrackerConfig, TrackerError, purge,
@@ -127,7 +125,7 @@ fn take(device: &TrackedDevice) -> Result<Base> {
 /// Blocks changed since `base`, as of now.
 fn changed(device: &TrackedDevice, base: &Base) -> Result<Vec<u64>> {
     device.close_period()?;
-    let map = device.with_map(|map| map.live_map())?;
+    let map = device.with_map(CbtMap::live_map)?;
     Ok(map
         .changed_since(base)?
         .flat_map(|extent| extent.offset / BLOCK..extent.end().div_ceil(BLOCK))
@@ -166,7 +164,7 @@ fn what_is_written_before_between_and_after_is_known() -> Result<()> {
     let device = only(&tracker)?;
     ensure!(changed(&device, &second)?.is_empty());
     ensure!(changed(&device, &base)? == [3, 5, 7, 9]);
-    let read_map = device.with_map(|map| map.frozen())?;
+    let read_map = device.with_map(CbtMap::frozen)?;
     ensure!(read_map.base() == second);
     Ok(())
 }
@@ -185,7 +183,7 @@ fn what_was_marked_by_hand_survives() -> Result<()> {
     let device = only(&tracker)?;
     ensure!(changed(&device, &base)? == [0, 4]);
     let last: Vec<_> = device
-        .with_map(|map| map.frozen())?
+        .with_map(CbtMap::frozen)?
         .changed_in_last()?
         .map(|extent| extent.offset / BLOCK)
         .collect();
@@ -295,7 +293,7 @@ fn what_cannot_be_gone_on_with_is_said_and_begins_anew() -> Result<()> {
         let tracker = Tracker::load(&place.config())?;
         ensure!(tracker.devices().is_empty(), "{case}");
         let device = attach(&tracker, disk.path())?;
-        let info = device.with_map(|map| map.info());
+        let info = device.with_map(CbtMap::info);
         ensure!(info.generation != base.generation, "{case}");
         tracker.detach(device.device().id)?;
         drop((device, tracker));
@@ -321,7 +319,7 @@ fn another_disk_under_the_same_name_is_not_gone_on_with() -> Result<()> {
         "{lost:?}"
     );
     let device = attach(&tracker, disk.path())?;
-    ensure!(device.with_map(|map| map.began()) == ResetReason::DeviceReplaced);
+    ensure!(device.with_map(CbtMap::began) == ResetReason::DeviceReplaced);
     tracker.detach(device.device().id)?;
     Ok(())
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use blksnap_agent::cbt::TrackingParams;
+use blksnap_agent::cbt::{CbtMap, TrackingParams};
 use blksnap_agent::disk::BlockDevice;
 use blksnap_agent::tracker::{Granularity, TrackedDevice, Tracker, TrackerConfig, TrackerError};
 use blksnap_agent::units::BlockSize;
@@ -104,7 +104,7 @@ fn the_ledger_marks_again_at_completion_and_ends_empty() -> Result<()> {
     device.stop_ledger()?;
     write_direct(disk.path(), 0, 4096)?;
     ensure!(device.ledger_status()?.pending == 0);
-    ensure!(device.with_map(|map| map.corrupted()).is_none());
+    ensure!(device.with_map(CbtMap::corrupted).is_none());
     Ok(())
 }
 

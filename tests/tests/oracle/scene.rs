@@ -16,7 +16,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use blksnap_agent::cbt::{Base, ReadMap};
+use blksnap_agent::cbt::{Base, CbtMap, ReadMap};
 use blksnap_agent::disk::{BlockDevice, FileSystems, Freezer, WatchdogCommand};
 use blksnap_agent::tracker::{DirtyBlocks, Granularity, TrackedDevice, Tracker, TrackerConfig};
 use blksnap_agent::units::{BlockSize, Extent};
@@ -128,7 +128,7 @@ impl Scene {
         let granularity = Granularity::Fixed(BlockSize::from_bytes(block_size)?);
         let device = self.tracker.attach(BlockDevice::open(path)?, granularity)?;
         let base = Base {
-            generation: device.with_map(|map| map.generation()),
+            generation: device.with_map(CbtMap::generation),
             number: 0,
         };
         self.slots.push(Slot {

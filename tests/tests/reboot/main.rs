@@ -1,7 +1,5 @@
 //! Reboot: a change map goes on after a reboot where nothing was missed, and nowhere else.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do, by a panic")]
-
 mod machine;
 
 use std::fs;
