@@ -9,13 +9,16 @@ use nix::unistd::Uid;
 use crate::process;
 
 /// A program, and the package of Debian and Ubuntu that has it.
-const NEEDED: [(&str, &str); 18] = [
+const NEEDED: [(&str, &str); 21] = [
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
+    ("nbdfuse", "libnbd-bin"),
+    ("nbdsh", "python3-libnbd"),
     ("nbdkit", "nbdkit"),
     ("fio", "fio"),
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
     ("mkfs.ext4", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
     ("mkfs.xfs", "xfsprogs"),
@@ -92,7 +95,10 @@ mod tests {
             missing(|program| program.starts_with("nbd") || program == "fio").first(),
             Some(&"qemu-utils")
         );
-        assert_eq!(missing(|program| !program.starts_with("qemu")), ["qemu-utils"]);
+        assert_eq!(
+            missing(|program| !program.starts_with("qemu")),
+            ["qemu-utils", "qemu-system-x86"]
+        );
         assert!(missing(|_| true).is_empty());
     }
 
