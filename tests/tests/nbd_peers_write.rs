@@ -327,6 +327,7 @@ fn nbdcopy_writes_every_byte() -> Result<()> {
 fn fio_verifies_what_it_wrote() -> Result<()> {
     let served = served(&["--writable"])?;
     let uri = format!("--uri={}", served.uri());
+    let randseed = format!("--randseed={}", seed("fio_verifies_what_it_wrote"));
     for (name, options) in [
         (
             "random",
@@ -349,7 +350,9 @@ fn fio_verifies_what_it_wrote() -> Result<()> {
             "--verify=crc32c",
             "--verify_fatal=1",
             "--do_verify=1",
-            "--randseed=7",
+            // No file of its own in the directory of the test.
+            "--verify_state_save=0",
+            &randseed,
         ];
         let arguments = [name.as_str(), "--ioengine=nbd", &uri]
             .into_iter()
