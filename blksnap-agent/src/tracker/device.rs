@@ -293,12 +293,12 @@ impl TrackedDevice {
             ..seen
         };
         state.mark(&dirty);
+        state.watchers.tell(&dirty);
         state.tell(&self.device);
         if let Some(pin) = closed.pin() {
             // Its blocks are kept: one that stays is only marked again.
             pins::remove_tree(pin)?;
         }
-        state.watchers.tell(&dirty);
         Ok(dirty)
     }
 
