@@ -21,6 +21,18 @@ pub enum RegistryError {
     /// The name is no string of the protocol.
     #[error("cannot export \"{0}\": a name has 1 to 4096 bytes without NUL")]
     Name(String),
+    /// No client could reach the last bytes.
+    #[error(
+        "cannot export \"{name}\": its size {size} is no multiple of its smallest block of {block} bytes"
+    )]
+    Size {
+        /// The export.
+        name: String,
+        /// Its size in bytes.
+        size: u64,
+        /// Its smallest block in bytes.
+        block: u32,
+    },
     /// The description is no string of the protocol.
     #[error("cannot export \"{0}\": its description is longer than 4096 bytes or contains NUL")]
     Description(String),
@@ -71,7 +83,7 @@ impl Exports {
     /// Offers `export` from now on.
     ///
     /// # Errors
-    /// Its name is taken or not allowed, or its description is not allowed.
+    /// Its name is taken or not allowed, or its description or size is not allowed.
     pub fn add(&self, export: Arc<dyn Export>) -> Result<(), RegistryError> {
         let name = export.name().to_owned();
         if name.is_empty() || name.len() > MAX_STRING || name.contains('\0') {
@@ -80,6 +92,10 @@ impl Exports {
         let description = export.description();
         if description.len() > MAX_STRING || description.contains('\0') {
             return Err(RegistryError::Description(name));
+        }
+        let (size, block) = (export.size(), export.block_sizes().minimum());
+        if !size.is_multiple_of(block.into()) {
+            return Err(RegistryError::Size { name, size, block });
         }
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
         if entries.contains_key(&name) {
@@ -187,7 +203,7 @@ impl Catalog for Exports {
 #[cfg(test)]
 mod tests {
     use super::super::export::ExportError;
-    use super::super::proto::{ContextName, StatusExtent};
+    use super::super::proto::{BlockSizes, ContextName, StatusExtent};
     use super::*;
 
     struct Named(&'static str);
@@ -237,6 +253,48 @@ mod tests {
         assert!(exports.remove("a"));
         assert!(!exports.remove("a"));
         assert_eq!(exports.list().len(), 1);
+    }
+
+    /// An export of large blocks and this size.
+    struct Coarse(u64);
+
+    impl Export for Coarse {
+        fn name(&self) -> &str {
+            "coarse"
+        }
+
+        fn size(&self) -> u64 {
+            self.0
+        }
+
+        fn block_sizes(&self) -> BlockSizes {
+            BlockSizes::new(4096, 4096, 1 << 20).unwrap()
+        }
+
+        fn read_at(&self, buffer: &mut [u8], _offset: u64) -> Result<(), ExportError> {
+            buffer.fill(2);
+            Ok(())
+        }
+
+        fn block_status(
+            &self,
+            _: &ContextName,
+            _: u64,
+            length: u64,
+            _: usize,
+        ) -> Result<Vec<StatusExtent>, ExportError> {
+            Ok(vec![StatusExtent { length, flags: 0 }])
+        }
+    }
+
+    #[test]
+    fn a_size_of_half_blocks_is_refused() {
+        let exports = Exports::new();
+        assert!(matches!(
+            exports.add(Arc::new(Coarse(4096 * 3 + 512))),
+            Err(RegistryError::Size { block: 4096, .. })
+        ));
+        exports.add(Arc::new(Coarse(4096 * 3))).unwrap();
     }
 
     #[test]

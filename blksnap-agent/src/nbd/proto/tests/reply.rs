@@ -107,7 +107,7 @@ fn described(list: &[(u64, u32)], length: u64, one: bool) -> Vec<(u64, u32)> {
 }
 
 #[test]
-fn descriptors_merge_clip_and_stay_in_the_request() {
+fn merged_extents_are_clipped_and_stay_in_the_request() {
     assert_eq!(
         described(&[(10, 0), (10, 0), (5, 3), (7, 0)], 100, false),
         [(20, 0), (5, 3), (7, 0)]
@@ -124,7 +124,7 @@ fn descriptors_merge_clip_and_stay_in_the_request() {
 }
 
 #[test]
-fn descriptors_are_bounded() {
+fn merged_extents_are_bounded() {
     let many: Vec<(u64, u32)> = (0..MAX_EXTENTS as u64 * 2)
         .map(|n| (1, u32::from(n % 2 == 0)))
         .collect();
