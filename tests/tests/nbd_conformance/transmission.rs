@@ -96,16 +96,7 @@ fn a_flush_on_one_connection_covers_all() -> Result<()> {
         let answer = writer.ask(Request::write(place * 4096, vec![9; 4096]))?;
         ensure!(answer.error == 0);
     }
-    ensure!(
-        fixture
-            .volatile
-            .0
-            .lock()
-            .unwrap()
-            .durable
-            .iter()
-            .all(|byte| *byte == 0)
-    );
+    ensure!(fixture.volatile.contents().durable.iter().all(|byte| *byte == 0));
     ensure!(other.ask(Request::new(cmd::FLUSH, 0, 0))?.error == 0);
     let contents = fixture.volatile.contents();
     ensure!(contents.durable[..3 * 4096].iter().all(|byte| *byte == 9));
