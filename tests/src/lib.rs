@@ -24,7 +24,9 @@ mod zram;
 
 use std::ffi::OsStr;
 use std::io::Write as _;
+use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -51,6 +53,23 @@ pub fn run<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = A
         String::from_utf8_lossy(&output.stderr)
     );
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Unmounts `target`. Whoever walks the mounts of the machine may have it open for a moment: it is tried for a while.
+///
+/// # Errors
+/// It stays busy, or is not mounted.
+pub fn unmount(target: &Path) -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(15);
+    let started = Instant::now();
+    loop {
+        match run("umount", [target]) {
+            Err(error) if format!("{error:#}").contains("busy") && started.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            unmounted => return unmounted.map(drop),
+        }
+    }
 }
 
 /// Says on standard error what went wrong in a place that can't give an error: a `drop`, say. Unlike `eprintln!` it

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use tempfile::TempDir;
 
-use crate::{complain, run};
+use crate::{complain, run, unmount};
 
 /// Longest wait for the kernel to detach a device.
 const DETACH: Duration = Duration::from_secs(10);
@@ -194,7 +194,7 @@ impl LoopDevice {
     /// `umount` fails: the file system is busy.
     pub fn unmount(&mut self) -> Result<()> {
         while let Some(target) = self.mounts.pop() {
-            run("umount", [&target])?;
+            unmount(&target)?;
             std::fs::remove_dir(&target)?;
         }
         Ok(())
@@ -204,7 +204,7 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         for target in self.mounts.drain(..).rev() {
-            if let Err(error) = run("umount", [&target]) {
+            if let Err(error) = unmount(&target) {
                 // The writer of a test that failed may still hold it; the device goes when the writer does.
                 complain(format_args!("{error:#}"));
                 let _ = run("umount", [Path::new("--lazy"), &target]);

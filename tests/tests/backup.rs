@@ -707,7 +707,7 @@ fn targets_that_would_harm_are_refused() -> Result<()> {
     fs::create_dir(&inner_mount)?;
     blksnap_tests::run("mount", [Path::new(node.trim()), &inner_mount])?;
     let refused = refuse(&inner_mount.join("backup.img"));
-    blksnap_tests::run("umount", [&inner_mount])?;
+    blksnap_tests::unmount(&inner_mount)?;
     blksnap_tests::run("losetup", ["--detach", node.trim()])?;
     let error = refused?;
     ensure!(

@@ -472,7 +472,7 @@ fn a_full_directory_is_a_clear_error_and_leaves_nothing() {
     let left = std::fs::read_dir(directory.path()).unwrap().count();
     let info = bench.snapshots.info(info.id).unwrap();
     bench.snapshots.destroy(info.id).unwrap();
-    run("umount", [directory.path()]).unwrap();
+    blksnap_tests::unmount(directory.path()).unwrap();
     assert_eq!(error.errno(), Errno::ENOSPC, "{error}");
     let text = error.to_string();
     assert!(

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use blksnap_agent::sys::AlignedBuffer;
 use blksnap_agent::sys::mman::SharedWords;
 use blksnap_common::track::OpKind;
-use blksnap_tests::{LoopDevice, LoopOptions, Zram, run};
+use blksnap_tests::{LoopDevice, LoopOptions, Zram, run, unmount};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::subject::Subject;
@@ -57,7 +57,7 @@ fn file_system(kind: &str, node: &Path, also: &[&Path]) -> Result<()> {
 fn mounted(node: &Path, target: &Path, work: fn(&Path) -> Result<()>) -> Result<()> {
     run("mount", [node, target])?;
     let done = work(target);
-    run("umount", [target])?;
+    unmount(target)?;
     done
 }
 
