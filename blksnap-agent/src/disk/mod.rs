@@ -1,5 +1,6 @@
 //! Disk: block devices, their identity, geometry, direct reads, mounts and freezing.
 
+mod contract;
 pub mod dax;
 pub mod device;
 mod error;
@@ -12,6 +13,7 @@ mod reader;
 pub mod stack;
 pub mod watchdog;
 
+pub use contract::{Allocation, Disk, Zero};
 pub use device::BlockDevice;
 pub use error::DiskError;
 pub use freeze::{FileSystems, FreezeError, Freezer};
