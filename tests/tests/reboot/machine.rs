@@ -126,6 +126,19 @@ impl Machine {
         }))
     }
 
+    /// The disk has another name from now on.
+    pub(crate) fn rename(&mut self) -> Result<()> {
+        self.unplug()?;
+        let other = LoopDevice::new(64 * MIB)?;
+        let content = fs::read(self.disk.image())?;
+        fs::File::options()
+            .write(true)
+            .open(other.image())?
+            .write_all_at(&content, 0)?;
+        self.disk = other;
+        self.plug("serial-1")
+    }
+
     /// The disk is not there any more.
     pub(crate) fn unplug(&self) -> Result<()> {
         for link in self.links()? {

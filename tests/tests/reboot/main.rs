@@ -284,6 +284,24 @@ fn a_disk_that_comes_late_is_tracked_then() -> Result<()> {
 }
 
 #[test]
+fn a_disk_is_known_under_another_name() -> Result<()> {
+    let mut machine = Machine::new()?;
+    let (generation, _) = machine.generation()?;
+    let before = machine.node();
+    machine.write(2 * BLOCK, 4096)?;
+    machine.stop()?;
+    machine.off()?;
+    // The old one stays, and is another disk.
+    machine.rename()?;
+    machine.on()?;
+    ensure!(machine.node() != before || machine.status()?.is_some());
+    ensure!(machine.generation()?.0 == generation, "{}", machine.daemon.log());
+    ensure!(machine.files("device")?.len() == 1);
+    ensure!(machine.backup()? == "incremental");
+    Ok(())
+}
+
+#[test]
 fn what_may_still_be_written_is_not_sealed() -> Result<()> {
     let mut machine = Machine::new()?;
     let (generation, _) = machine.generation()?;

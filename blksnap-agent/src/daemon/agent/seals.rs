@@ -227,18 +227,20 @@ impl Agent {
         if devices.is_empty() || !self.recorded.seals.applies() {
             return;
         }
-        for tracked in devices {
-            let path = tracked.path().display();
-            match self.recorded.seals.seal(&OfTracker(&tracked)) {
-                Ok(()) => {
-                    tracing::info!(device = %path, "sealed: its change map goes on after the reboot");
-                }
-                Err(why) => {
-                    tracing::warn!(
-                        device = %path, %why,
-                        "not sealed: its change map begins anew after a reboot"
-                    );
-                }
+        // Disks are read: all at a time.
+        std::thread::scope(|scope| {
+            for tracked in &devices {
+                scope.spawn(move || self.seal_device(tracked));
+            }
+        });
+    }
+
+    fn seal_device(&self, tracked: &TrackedDevice) {
+        let path = tracked.path().display();
+        match self.recorded.seals.seal(&OfTracker(tracked)) {
+            Ok(()) => tracing::info!(device = %path, "sealed: its change map goes on after the reboot"),
+            Err(why) => {
+                tracing::warn!(device = %path, %why, "not sealed: its change map begins anew after a reboot");
             }
         }
     }
