@@ -183,6 +183,54 @@ mod tests {
         assert_eq!(device.check_doubt(), None);
     }
 
+    /// The number of a disk whose driver asks it for its serial number by a passthrough request (20 bytes of data
+    /// come back) when the attribute is read, and the attribute.
+    fn disk_with_a_command() -> Option<(u32, std::path::PathBuf)> {
+        let disks = std::fs::read_dir("/sys/block").unwrap();
+        disks.flatten().find_map(|disk| {
+            let serial = disk.path().join("serial");
+            let driver = std::fs::read_link(disk.path().join("device/driver")).ok()?;
+            let id = std::fs::read_to_string(disk.path().join("dev")).ok()?;
+            let id: DeviceId = id.trim().parse().ok()?;
+            (serial.exists() && driver.ends_with("virtio_blk")).then_some((id.kernel_dev(), serial))
+        })
+    }
+
+    #[test]
+    fn a_command_of_a_real_driver_is_seen() {
+        /// `REQ_OP_DRV_IN`.
+        const DRV_IN: u32 = 34;
+        let Some((other, serial)) = disk_with_a_command() else {
+            println!("no disk here takes commands: left to the kernel lab");
+            return;
+        };
+        let disk = TestLoop::new(16 << 20);
+        let ask = |tracker: &Tracker| {
+            let device = attach(tracker, &disk);
+            let guard = Guard {
+                disk: other,
+                slot: device.slot_id(),
+                ..Guard::default()
+            };
+            // As if the device stood on that disk, which is neither tracked nor written.
+            tracker
+                .shared
+                .object()
+                .guards
+                .replace(device.slot_id(), vec![guard])
+                .unwrap();
+            std::fs::read_to_string(&serial).unwrap();
+            device.check_doubt()
+        };
+        // It reads.
+        let as_it_is = Tracker::load(&TrackerConfig::default()).unwrap();
+        assert_eq!(ask(&as_it_is), None);
+        drop(as_it_is);
+        // The same request, taken for one with data to the device.
+        let taken_for_writing = tracker(u32::MAX, DRV_IN);
+        assert_eq!(ask(&taken_for_writing), Some(ResetReason::PassthroughWrite));
+    }
+
     #[test]
     fn guards_go_with_their_slot() {
         let tracker = tracker(u32::MAX, WRITE);

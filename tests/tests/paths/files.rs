@@ -57,7 +57,11 @@ fn file_system(kind: &str, node: &Path, also: &[&Path]) -> Result<()> {
 fn mounted(node: &Path, target: &Path, work: fn(&Path) -> Result<()>) -> Result<()> {
     run("mount", [node, target])?;
     let done = work(target);
-    unmount(target)?;
+    if let Err(error) = unmount(target) {
+        // Nothing can be compared, and the device has to go.
+        let _ = run("umount", [Path::new("--lazy"), target]);
+        return Err(error);
+    }
     done
 }
 

@@ -5,6 +5,7 @@
 
 mod converge;
 mod idle;
+mod issue;
 mod nbd;
 mod programs;
 mod report;
@@ -111,6 +112,7 @@ fn measure(groups: &[Group]) -> Result<Report> {
     let wanted = |group| groups.is_empty() || groups.contains(&group);
     if wanted(Group::Track) {
         track::measure(&mut bench)?;
+        issue::measure(&mut bench)?;
     }
     if wanted(Group::Track) || wanted(Group::Idle) {
         idle::measure(&mut bench)?;

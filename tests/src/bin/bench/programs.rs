@@ -8,7 +8,9 @@ use aya::programs::loaded_programs;
 use aya::sys::{Stats, enable_stats};
 
 /// The program that sees writes begin.
-const TRACKING: &str = "block_bio_queue";
+pub(crate) const TRACKING: &str = "block_bio_queue";
+/// The program that sees requests go to the driver.
+pub(crate) const ISSUE: &str = "block_rq_issue";
 
 /// The kernel measures its eBPF programs while this exists (`kernel.bpf_stats_enabled`, by a descriptor, which
 /// ends it however this process ends).
@@ -72,8 +74,13 @@ pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
     Ok((ticks(14)? + ticks(15)?) / hertz)
 }
 
-/// The number of the tracking program of a daemon: among the programs that the process has open.
+/// The number of the tracking program of a daemon.
 pub(crate) fn tracking_program(daemon: u32) -> Result<u32> {
+    program_of(daemon, TRACKING)
+}
+
+/// The number of a program of a daemon: among those that the process has open.
+pub(crate) fn program_of(daemon: u32, name: &str) -> Result<u32> {
     let mut open = Vec::new();
     for entry in fs::read_dir(format!("/proc/{daemon}/fdinfo"))? {
         // A descriptor may be closed meanwhile.
@@ -83,7 +90,7 @@ pub(crate) fn tracking_program(daemon: u32) -> Result<u32> {
     }
     loaded_programs()
         .filter_map(Result::ok)
-        .find(|program| open.contains(&program.id()) && program.name_as_str() == Some(TRACKING))
+        .find(|program| open.contains(&program.id()) && program.name_as_str() == Some(name))
         .map(|program| program.id())
-        .with_context(|| format!("the daemon has no program {TRACKING}"))
+        .with_context(|| format!("the daemon has no program {name}"))
 }
