@@ -6,6 +6,7 @@
 //!
 //! | module | what it is |
 //! |---|---|
+//! | [`sync`] | locks and atomics that tests can put into any order |
 //! | [`units`] | quantities and identifiers with checked constructors |
 //! | [`cbt`] | the change map: numbers, generations, changed extents (core) |
 //! | [`cow`] | copy on write: what must be kept before a write, and where an image is (core) |
@@ -39,6 +40,7 @@ pub mod seal;
 pub mod snapshot;
 pub mod statefile;
 pub mod storage;
+pub mod sync;
 pub mod sys;
 pub mod telemetry;
 pub mod tracker;

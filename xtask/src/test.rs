@@ -25,5 +25,24 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
     } else {
         command.args(arguments);
     }
-    process::run(&mut command).context("tests failed (see above)")
+    let tests = process::run(&mut command).context("tests failed (see above)");
+    if arguments.is_empty() {
+        let orders = orders();
+        return tests.and(orders);
+    }
+    tests
+}
+
+/// The tests of threads in drawn orders: with the agent compiled for the scheduler that draws them.
+fn orders() -> Result<()> {
+    process::run(workspace::cargo().args([
+        "test",
+        "--package",
+        "blksnap-agent",
+        "--features",
+        "shuttle",
+        "--lib",
+        "orders::",
+    ]))
+    .context("tests of orders failed (see above)")
 }

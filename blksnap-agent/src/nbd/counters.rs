@@ -1,8 +1,7 @@
 //! Counters: what the NBD server did, for metrics. All grow except the gauges named so.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use super::proto::wire::{CommandType, ErrorCode};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 const COMMANDS: usize = CommandType::ALL.len();
 const ERRORS: usize = ErrorCode::ALL.len();

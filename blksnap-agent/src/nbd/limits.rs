@@ -7,12 +7,13 @@
 //! there are, the less each one gets, and something is always left for the next. Where even that is used up, a
 //! connection that has nothing still gets `FLOOR` bytes, so that it goes on.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::proto::limits::MAX_PAYLOAD;
 use super::wake::Waker;
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::{Mutex, PoisonError};
 
 /// Bounds of a server. The defaults suit a daemon beside other work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +91,7 @@ impl Budget {
 
     /// Bytes in use.
     #[cfg(test)]
-    fn used(&self) -> usize {
+    pub(super) fn used(&self) -> usize {
         self.used.load(Ordering::Relaxed)
     }
 

@@ -40,5 +40,7 @@ mod transmit;
 mod wake;
 mod workers;
 
+#[cfg(all(test, feature = "shuttle"))]
+mod orders;
 #[cfg(test)]
 mod tests;

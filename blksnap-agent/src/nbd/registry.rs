@@ -5,12 +5,13 @@
 //! as the requests in flight are done, however long clients stay connected.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use super::export::Export;
 use super::proto::limits::MAX_STRING;
 use super::proto::{Catalog, ExportFacts, Found, Listed};
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::{PoisonError, RwLock};
 
 /// An export can't be added.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -9,10 +9,11 @@
 //! sees the work or the waker sees that it waits.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// Ends the wait of one thread.
 #[derive(Debug)]

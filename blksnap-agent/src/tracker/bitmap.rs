@@ -11,6 +11,7 @@ use crate::sys::mman::SharedWords;
 use crate::units::{BlockSize, Extent, Sectors};
 
 use super::TrackerError;
+use super::periods::Marked;
 use super::pins::{self, PinError};
 
 /// `BPF_MAP_TYPE_ARRAY`.
@@ -106,17 +107,17 @@ impl Bitmap {
             mine.fetch_or(*theirs, Ordering::AcqRel);
         }
     }
+}
 
-    /// Whether no bit is set.
-    pub(super) fn is_clear(&self) -> bool {
+impl Marked for Bitmap {
+    fn is_clear(&self) -> bool {
         self.shared
             .words()
             .iter()
             .all(|word| word.load(Ordering::Acquire) == 0)
     }
 
-    /// A copy of the bits.
-    pub(super) fn bits(&self) -> Vec<u64> {
+    fn bits(&self) -> Vec<u64> {
         self.shared
             .words()
             .iter()

@@ -14,8 +14,7 @@ mod keeping;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Weak};
 
 use blksnap_common::blockrange::{BlockRange, blocks_of};
 use blksnap_common::track::{OP_KINDS, Record, Slot, SlotState};
@@ -26,11 +25,14 @@ pub use keeping::Lost;
 
 use super::bitmap::{Bitmap, BitmapTable, DirtyBlocks};
 use super::keep::Keep;
-use super::watch::Watchers;
-use super::{Shared, TrackerError, pins, probe, record};
+use super::periods::{Marked as _, Periods, RingFull};
+use super::watch::Watched;
+use super::{Shared, TrackerError, pins, probe};
 use crate::cbt::{CbtMap, MapError, ResetReason};
 use crate::disk::presence::{Presence, SYSFS};
 use crate::disk::{BlockDevice, DiskError, dax};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 use crate::units::{BlockSize, Sectors};
 
 /// What the ledger knows of writes in flight.
@@ -78,7 +80,7 @@ pub struct TrackedDevice {
     detached: AtomicBool,
     /// Holders of the ledger.
     ledger: Mutex<u32>,
-    ring_full_seen: AtomicU64,
+    ring_full: RingFull,
     /// Values of the slot's state when it was attached: slots are used again.
     at_attach: SlotState,
     /// One save at a time.
@@ -87,10 +89,8 @@ pub struct TrackedDevice {
 
 #[derive(Debug)]
 struct State {
-    map: CbtMap,
+    periods: Periods<Bitmap>,
     table: BitmapTable,
-    bitmap: Bitmap,
-    period: u64,
     /// Rare events handled so far; passthrough commands and errors when this generation began.
     seen: SlotState,
     /// Skipped runs of the steady programs when this generation began, by the number of the first program: of this
@@ -102,7 +102,6 @@ struct State {
     unsaved: bool,
     doubts: Doubts,
     resets: BTreeMap<ResetReason, u64>,
-    watchers: Watchers,
 }
 
 impl State {
@@ -111,7 +110,7 @@ impl State {
         if let Some(keep) = &self.keep {
             keep.add(dirty.words());
         }
-        dirty.mark(&mut self.map);
+        dirty.mark(&mut self.periods.map);
     }
 }
 
@@ -202,10 +201,8 @@ impl TrackedDevice {
             slot,
             shared: Arc::clone(shared),
             state: Mutex::new(State {
-                map,
+                periods: Periods::new(map, bitmap, at_attach.period),
                 table,
-                bitmap,
-                period: at_attach.period,
                 seen: at_attach,
                 misses: misses
                     .into_iter()
@@ -215,11 +212,10 @@ impl TrackedDevice {
                 unsaved: false,
                 doubts,
                 resets,
-                watchers: Watchers::default(),
             }),
             detached: AtomicBool::new(false),
             ledger: Mutex::new(0),
-            ring_full_seen: AtomicU64::new(at_attach.ring_full),
+            ring_full: RingFull::new(at_attach.ring_full),
             at_attach,
             saving: Mutex::new(()),
         };
@@ -266,15 +262,15 @@ impl TrackedDevice {
             return Err(TrackerError::NotAttached(self.device.id));
         }
         let blocks = self.block_size.blocks_in(self.device.capacity);
-        let next = open_bitmap(state.keep.as_ref(), self.slot.id, blocks, state.period + 1)?;
+        let period = state.periods.number();
+        let next = open_bitmap(state.keep.as_ref(), self.slot.id, blocks, period + 1)?;
         state.table.set(self.slot.id, &next)?;
-        let closed = std::mem::replace(&mut state.bitmap, next);
-        if self.shared.slot_state(self.slot.id).period != state.period {
+        let closed = state.periods.switched(next);
+        if self.shared.slot_state(self.slot.id).period != period {
             // Nobody else writes there: what else is in that memory may be wrong, too.
             state.corrupt(&self.device, ResetReason::Corrupted);
         }
-        state.period += 1;
-        self.shared.set_period(self.slot.id, state.period);
+        self.shared.set_period(self.slot.id, state.periods.number());
         let mut dirty = DirtyBlocks::new(closed.bits());
         let seen = self.shared.slot_state(self.slot.id);
         if seen.whole_device != state.seen.whole_device {
@@ -292,8 +288,10 @@ impl TrackedDevice {
             errors: state.seen.errors,
             ..seen
         };
-        state.mark(&dirty);
-        state.watchers.tell(&dirty);
+        if let Some(keep) = &state.keep {
+            keep.add(dirty.words());
+        }
+        state.periods.hand_on(&dirty);
         state.tell(&self.device);
         if let Some(pin) = closed.pin() {
             // Its blocks are kept: one that stays is only marked again.
@@ -310,17 +308,12 @@ impl TrackedDevice {
         let state = self.state();
         let seen = self.shared.slot_state(self.slot.id);
         // Doubt is looked for at the take.
-        state.bitmap.is_clear() && seen.whole_device == state.seen.whole_device
-    }
-
-    /// Hands the blocks of every period closed from now on to `watcher`, too.
-    pub(super) fn add_watcher(&self, watcher: Weak<Mutex<DirtyBlocks>>) {
-        self.state().watchers.add(watcher);
+        state.periods.is_clean() && seen.whole_device == state.seen.whole_device
     }
 
     /// Runs `f` on the change map. Keep it short: the tracker's thread waits.
     pub fn with_map<T>(&self, f: impl FnOnce(&CbtMap) -> T) -> T {
-        f(&self.state().map)
+        f(&self.state().periods.map)
     }
 
     /// Marks blocks in the open period of the change map.
@@ -336,10 +329,10 @@ impl TrackedDevice {
         {
             let mut state = self.state();
             for (start, count) in ranges {
-                state.map.check_range(*start, *count)?;
+                state.periods.map.check_range(*start, *count)?;
             }
             for (start, count) in ranges {
-                state.map.mark_both(*start, *count)?;
+                state.periods.map.mark_both(*start, *count)?;
             }
         }
         Ok(self.save()?)
@@ -443,7 +436,7 @@ impl TrackedDevice {
             ring_full: seen.ring_full - self.at_attach.ring_full,
             passthrough: seen.passthrough - self.at_attach.passthrough,
             run_misses: misses.steady,
-            dirty_blocks: state.map.dirty_blocks(),
+            dirty_blocks: state.periods.map.dirty_blocks(),
             doubts: state.doubts.counts.clone(),
             resets: state.resets.clone(),
         })
@@ -453,8 +446,7 @@ impl TrackedDevice {
     pub fn refresh(&self) {
         let mut state = self.state();
         if !self.detached.load(Ordering::Acquire) {
-            let bits = state.bitmap.bits();
-            state.map.mark_bits(&bits);
+            state.periods.refresh();
         }
     }
 
@@ -462,18 +454,16 @@ impl TrackedDevice {
     pub(super) fn apply(&self, record: &Record) {
         let mut state = self.state();
         if !self.detached.load(Ordering::Acquire) {
-            let period = state.period;
-            record::apply(record, period, &mut state.map);
+            state.periods.apply(record);
         }
     }
 
     /// Reads the open bitmap if records were lost to a full ring.
     pub(super) fn catch_up(&self) {
         let ring_full = self.shared.slot_state(self.slot.id).ring_full;
-        if self.ring_full_seen.swap(ring_full, Ordering::AcqRel) != ring_full {
+        if self.ring_full.is_news(ring_full) {
             let mut state = self.state();
-            let bits = state.bitmap.bits();
-            state.map.mark_bits(&bits);
+            state.periods.refresh();
         }
     }
 
@@ -488,12 +478,9 @@ impl TrackedDevice {
         }
         let disk = self.device.disk_id.kernel_dev();
         // A save under way would bring the document back.
-        let _saving = self
-            .saving
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.state();
-        state.map.corrupt(ResetReason::Requested);
+        state.periods.map.corrupt(ResetReason::Requested);
         let placeholder = Bitmap::new(self.slot.id, 1)?;
         if let Some(keep) = &state.keep {
             keep.forget()?;
@@ -510,20 +497,42 @@ impl TrackedDevice {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn holders(&self) -> MutexGuard<'_, u32> {
-        self.ledger
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where the device was attached from.
     #[must_use]
     pub fn path(&self) -> &PathBuf {
         &self.device.path
+    }
+}
+
+impl Watched for TrackedDevice {
+    fn start_ledger(&self) -> Result<(), TrackerError> {
+        Self::start_ledger(self)
+    }
+
+    fn stop_ledger(&self) -> Result<(), TrackerError> {
+        Self::stop_ledger(self)
+    }
+
+    fn add_watcher(&self, watcher: Weak<Mutex<DirtyBlocks>>) {
+        self.state().periods.add_watcher(watcher);
+    }
+
+    fn close_period(&self) -> Result<DirtyBlocks, TrackerError> {
+        Self::close_period(self)
+    }
+
+    fn is_clean(&self) -> bool {
+        Self::is_clean(self)
+    }
+
+    fn name(&self) -> String {
+        self.device.path.display().to_string()
     }
 }

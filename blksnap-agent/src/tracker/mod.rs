@@ -25,6 +25,7 @@ mod guards;
 mod keep;
 mod layout;
 mod object;
+mod periods;
 mod pins;
 mod probe;
 pub mod record;
@@ -51,7 +52,7 @@ pub use empty::EmptyProgram;
 pub use error::TrackerError;
 pub use layout::Layout;
 pub use pins::{BPFFS, PinError, purge};
-pub use watch::DeviceWatch;
+pub use watch::{DeviceWatch, Watch, Watched};
 
 use crate::cbt::{CbtMap, ResetReason, TrackingParams};
 use crate::disk::{BlockDevice, DiskError};

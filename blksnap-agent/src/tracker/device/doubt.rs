@@ -131,13 +131,13 @@ pub(super) fn reason_to_lose(change: Change) -> Option<ResetReason> {
 impl State {
     /// Declares that the map may miss changes, and tells it.
     pub(super) fn corrupt(&mut self, device: &BlockDevice, reason: ResetReason) {
-        self.map.corrupt(reason);
+        self.periods.map.corrupt(reason);
         self.tell(device);
     }
 
     /// Tells of a doubt that was not told yet.
     pub(super) fn tell(&mut self, device: &BlockDevice) {
-        let Some(reason) = self.map.corrupted() else {
+        let Some(reason) = self.periods.map.corrupted() else {
             return;
         };
         // Detached by request: nobody asks any more.
@@ -158,7 +158,7 @@ impl TrackedDevice {
     pub fn check_doubt(&self) -> Option<ResetReason> {
         let mut state = self.state();
         self.look(&mut state);
-        state.map.corrupted()
+        state.periods.map.corrupted()
     }
 
     /// Declares that the map may miss changes.
@@ -198,10 +198,11 @@ impl TrackedDevice {
         {
             return Err(TrackerError::Dax { device: name(), how });
         }
-        if state.map.corrupted() == Some(ResetReason::HookDead) && !self.hook_is_alive()? {
+        if state.periods.map.corrupted() == Some(ResetReason::HookDead) && !self.hook_is_alive()? {
             return Err(TrackerError::HookDead(name()));
         }
         let taken = state
+            .periods
             .map
             .take(Generation::new(uuid::Uuid::new_v4()), self.device.capacity)
             .map_err(|e| TrackerError::Map {
@@ -227,7 +228,7 @@ impl TrackedDevice {
             state.seen.errors = errors;
         }
         state.unsaved = true;
-        Ok((taken, state.map.read_map()))
+        Ok((taken, state.periods.map.read_map()))
     }
 
     /// Looks, and declares the doubt that is found.
@@ -256,7 +257,7 @@ impl TrackedDevice {
             },
         };
         if let Some(reason) = evidence.judge() {
-            state.map.corrupt(reason);
+            state.periods.map.corrupt(reason);
         }
         state.tell(&self.device);
         evidence

@@ -1,8 +1,7 @@
 //! Keeping: the device's document is written, and read by the next agent. [`super::super::keep`] has the argument.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use blksnap_common::blockrange::{BlockRange, blocks_of};
 use blksnap_common::track::Slot;
@@ -10,13 +9,15 @@ use blksnap_common::track::Slot;
 use super::super::bitmap::Bitmap;
 use super::super::document::{self, Document, SavedSlot};
 use super::super::keep::{self, Keep};
-use super::super::watch::Watchers;
+use super::super::periods::{Marked as _, Periods, RingFull};
 use super::super::{Shared, TrackerError, pins};
 use super::doubt::{self, Doubts};
 use super::{State, TrackedDevice};
 use crate::cbt::ResetReason;
 use crate::disk::BlockDevice;
 use crate::disk::presence::{Change, Presence, SYSFS};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, PoisonError};
 
 /// A slot that can't be gone on with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,10 +139,8 @@ impl TrackedDevice {
             slot,
             shared: Arc::clone(shared),
             state: Mutex::new(State {
-                map,
+                periods: Periods::new(map, open, period),
                 table,
-                period,
-                bitmap: open,
                 seen,
                 misses: sets.into_iter().filter_map(|(set, n)| Some((set, n?))).collect(),
                 keep: Some(found.keep),
@@ -149,12 +148,11 @@ impl TrackedDevice {
                 // As attached, for the same reason as the capacity.
                 doubts: Doubts::adopted(document.presence, stack, told, document.doubts),
                 resets: document.resets,
-                watchers: Watchers::default(),
             }),
             detached: AtomicBool::new(false),
             ledger: Mutex::new(0),
             // Whatever was in the ring is read from the bitmap.
-            ring_full_seen: AtomicU64::new(u64::MAX),
+            ring_full: RingFull::new(u64::MAX),
             at_attach,
             saving: Mutex::new(()),
             device,
@@ -172,14 +170,14 @@ impl TrackedDevice {
         if self.detached.load(Ordering::Acquire) {
             return Err(TrackerError::NotAttached(self.device.id));
         }
-        let State { map, keep, .. } = &mut *state;
+        let State { periods, keep, .. } = &mut *state;
         let Some(keep) = keep else {
             return Ok(());
         };
         keep.begin_save()?;
         let covered = keep.take_covered();
         let path = keep.document().to_owned();
-        let saved = map.save();
+        let saved = periods.map.save();
         let sections = saved.sections();
         let header = saved.header;
         let document = Document {
