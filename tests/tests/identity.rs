@@ -5,6 +5,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
 use blksnap_agent::disk::{BlockDevice, DeviceIdentity};
@@ -48,6 +49,7 @@ fn partition(disk: &LoopDevice, number: u32) -> Result<(DeviceIdentity, String)>
 
 #[test]
 fn the_uuid_of_a_partition_is_the_one_of_its_table() -> Result<()> {
+    let _alone = alone();
     for sector_size in [512, 4096] {
         let disk = LoopDevice::with_options(64 * MIB, &halves(sector_size))?;
         let mut seen = Vec::new();
@@ -80,12 +82,20 @@ fn the_uuid_of_a_partition_is_the_one_of_its_table() -> Result<()> {
 
 #[test]
 fn a_loop_device_has_no_identity_of_its_own() -> Result<()> {
+    let _alone = alone();
     let disk = LoopDevice::new(64 * MIB)?;
     let device = BlockDevice::open(disk.path())?;
     let identity = DeviceIdentity::read(Path::new("/sys"), &device)?;
     ensure!(!identity.is_unique() && identity.backing_file.is_some());
     ensure!(identity.capacity == device.capacity && identity.logical_block == device.logical_block);
     Ok(())
+}
+
+/// One test at a time: a process that one of them starts holds, until it becomes its program, all that another has
+/// open, and all of that is about who has a node open.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A `/proc` with this process only: others may be out of reach.
@@ -107,6 +117,7 @@ fn writer(node: &Path) -> Result<File> {
 
 #[test]
 fn who_has_a_node_open_is_seen_where_it_matters() -> Result<()> {
+    let _alone = alone();
     let proc = own_proc()?;
     let disk = LoopDevice::with_options(64 * MIB, &halves(512))?;
     let (whole, first, second) = (disk.path().to_owned(), disk.partition(1), disk.partition(2));
@@ -149,6 +160,7 @@ fn who_has_a_node_open_is_seen_where_it_matters() -> Result<()> {
 
 #[test]
 fn a_mapping_a_mount_and_a_loop_device_are_seen() -> Result<()> {
+    let _alone = alone();
     let proc = own_proc()?;
     let mut disk = LoopDevice::with_options(64 * MIB, &halves(512))?;
     let first = disk.partition(1);
