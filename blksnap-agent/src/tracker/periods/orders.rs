@@ -1,6 +1,11 @@
 //! Orders of steps: programs that mark, a thread that drains the ring, others that close periods, take and watch, in
 //! orders that shuttle draws. What the kernel does is played: switching bitmaps waits for programs that run.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "what a test shares fails as tests do, by a panic"
+)]
+
 use std::sync::Arc;
 
 use blksnap_common::track::Record;
