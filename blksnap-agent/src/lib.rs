@@ -28,6 +28,8 @@
 
 pub mod backup;
 pub mod cbt;
+#[cfg(any(test, feature = "testing"))]
+pub mod choices;
 pub mod cli;
 pub mod control;
 pub mod cow;

@@ -78,6 +78,28 @@ pub enum DiskError {
         /// Why.
         why: String,
     },
+    /// A directory, a character device, a socket.
+    #[error("{path} is neither a regular file nor a block device: give an image file, a disk or a partition")]
+    NotDisk {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// Somebody else uses it.
+    #[error("{path} is in use: {holder}; end that first")]
+    Busy {
+        /// The path as given.
+        path: PathBuf,
+        /// Who, as far as that can be found.
+        holder: String,
+    },
+    /// Whether somebody else uses it can't be found.
+    #[error("can't take {path} for exclusive use: {source}")]
+    Claim {
+        /// The path as given.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The device that is there now is not the one that was opened, or it shrank.
     #[error("{path} is another device than before, or smaller: attach it again")]
     Replaced {

@@ -1,7 +1,9 @@
 //! Tests of the file export: contexts, and writes of every kind against a model.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 
+use nix::errno::Errno;
 use proptest::prelude::*;
 
 use super::super::proto::ErrorCode;
@@ -302,14 +304,8 @@ fn files_are_opened_with_their_size_and_other_things_refused() {
     assert_eq!(&std::fs::read(&path).unwrap()[4997..], b"end");
     for (path, writable) in [(directory.path(), false), (Path::new("/dev/null"), true)] {
         let refused = FileExport::open("x", path, writable);
-        assert!(matches!(refused, Err(OpenError::Kind(_))), "{refused:?}");
+        assert!(matches!(refused, Err(DiskError::NotDisk { .. })), "{refused:?}");
     }
     let missing = FileExport::open("x", &directory.path().join("none"), false).unwrap_err();
-    assert!(matches!(
-        missing,
-        OpenError::Io {
-            action: "open it",
-            ..
-        }
-    ));
+    assert!(matches!(missing, DiskError::Open { .. }));
 }
