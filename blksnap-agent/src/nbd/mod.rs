@@ -9,7 +9,7 @@
 //! | [`server`] | accepts clients, ends in good order; [`limits`] is what bounds it |
 //! | [`endpoint`] | the sockets that it listens on: [`socket`], [`activation`], [`tls`] |
 //! | `connection` | one client: the handshake, a task |
-//! | `transmit` | one client: its requests, a thread; beside it `workers`, `buffers`, `readahead`, `wake`, `end` |
+//! | `transmit` | one client: its requests, a thread; beside it `workers`, `buffers`, `pipes`, `readahead`, `wake`, `end` |
 //! | [`client`] | the other side of the handshake |
 //! | [`kernel`] | exports as block devices of this machine |
 //! | [`counters`] | what the server did, for metrics |
@@ -30,6 +30,7 @@ pub mod export;
 pub mod file;
 pub mod kernel;
 pub mod limits;
+mod pipes;
 pub mod proto;
 mod readahead;
 pub mod registry;

@@ -21,6 +21,7 @@ use super::end::{End, Phase};
 use super::endpoint::{ClientStream, Endpoint, EndpointError};
 use super::limits::Budget;
 pub use super::limits::ServerLimits;
+use super::pipes::Pipes;
 use super::proto::Tls;
 use super::registry::Exports;
 use super::tls::ServerTls;
@@ -71,6 +72,7 @@ impl Server {
             limits,
             budget: Arc::new(Budget::new(limits.total_bytes)),
             buffers: Buffers::default(),
+            pipes: Pipes::default(),
             workers: Workers::new(limits.workers as usize),
             end: Arc::clone(&end),
         });

@@ -2,7 +2,7 @@
 //!
 //! | file | read | write |
 //! |---|---|---|
-//! | in memory (tmpfs, memfd) | here: short ones by pread(2), long ones as pages | here |
+//! | in memory (tmpfs, memfd) | here: short ones by pread(2), long ones as pages | here, long ones as pages |
 //! | elsewhere, in the page cache | here: short ones by preadv2(2) with `RWF_NOWAIT`, long ones as pages | by a worker |
 //! | elsewhere | by a worker | by a worker |
 //!
@@ -15,9 +15,9 @@ use std::sync::Arc;
 
 use super::Transmission;
 use super::output::Rest;
-use super::pipe::CAPACITY;
 use crate::nbd::counters::add;
 use crate::nbd::export::{Export, ExportError};
+use crate::nbd::pipes::CAPACITY;
 use crate::nbd::proto::Ticket;
 use crate::nbd::proto::reply::{self, MAX_READ_PREFIX};
 use crate::sys::cached;
@@ -136,7 +136,7 @@ impl Transmission {
 
     /// Answers with the file's own pages.
     fn send_pages(&mut self, file: &Arc<File>, ticket: Ticket, offset: u64, length: u32) -> Outcome {
-        let Ok(pipe) = self.output.pipe() else {
+        let Ok(pipe) = self.shared.pipes.take() else {
             return Outcome::NotHere;
         };
         let length = length as usize;

@@ -21,7 +21,6 @@
 //! |---|---|
 //! | [`stream`] | the socket, plain or with TLS |
 //! | `output` | answers on their way |
-//! | `pipe` | pages on their way |
 //! | `direct` | data of files, without a worker |
 //! | `payload` | data of writes on its way in |
 //! | `work` | requests for workers |
@@ -31,8 +30,9 @@ mod clock;
 mod direct;
 mod output;
 mod payload;
-mod pipe;
 pub(super) mod stream;
+#[cfg(test)]
+mod tests;
 mod work;
 
 use std::collections::VecDeque;
@@ -57,6 +57,7 @@ use super::counters::{Counters, add};
 use super::end::{End, Phase};
 use super::export::Export;
 use super::limits::{Budget, ServerLimits};
+use super::pipes::Pipes;
 use super::proto::reply::{self, MAX_READ_PREFIX};
 use super::proto::wire::CommandType;
 use super::proto::{
@@ -86,6 +87,7 @@ pub(super) struct Shared {
     /// Memory of all connections.
     pub(super) budget: Arc<Budget>,
     pub(super) buffers: Buffers,
+    pub(super) pipes: Pipes,
     /// Threads for requests that wait.
     pub(super) workers: Workers,
     pub(super) end: Arc<End>,
@@ -150,7 +152,7 @@ pub(super) struct Transmission {
     own: usize,
     /// Requests that workers have now, and those that wait for one.
     running: usize,
-    backlog: VecDeque<Job>,
+    backlog: VecDeque<Box<dyn FnOnce() + Send>>,
     /// A request that waits for a place or for memory.
     waiting: Option<Request>,
     collecting: Option<Collecting>,
@@ -188,6 +190,7 @@ impl Transmission {
             .and_then(|export| Direct::of(&*export, stream.is_plain()));
         let limits = shared.limits;
         Ok(Self {
+            output: Output::new(shared.pipes.clone()),
             shared,
             entry,
             session: Arc::new(session.clone()),
@@ -198,7 +201,6 @@ impl Transmission {
                 start: 0,
                 end: received.len(),
             },
-            output: Output::default(),
             scratch: Vec::with_capacity(256),
             queue: Arc::new(Queue::new(Arc::clone(&waker))),
             waker,
@@ -247,11 +249,11 @@ impl Transmission {
     }
 
     fn take_done(&mut self) {
-        if self.running == 0 {
+        if self.in_flight == 0 {
             return;
         }
         for done in self.queue.take() {
-            self.running -= 1;
+            self.running -= usize::from(done.counted);
             self.output.reply(done.head, done.body, done.place);
         }
         let most = self.at_once();
@@ -259,7 +261,7 @@ impl Transmission {
             && let Some(job) = self.backlog.pop_front()
         {
             self.running += 1;
-            self.shared.workers.run(move || job.carry_out());
+            self.shared.workers.run(job);
         }
     }
 
@@ -412,16 +414,12 @@ impl Transmission {
                 return true;
             }
         }
-        if request.command.payload() > 0 && self.writes_directly() {
-            self.collecting = Some(Collecting::direct(&request));
-            return true;
-        }
         let Some(place) = self.place(self.needs(&request)) else {
             // Nothing may be kept of an export while a request waits.
             return false;
         };
         if request.command.payload() > 0 {
-            self.collecting = Some(Collecting::buffered(request, place, &self.shared.buffers));
+            self.collecting = Some(self.collecting(request, place));
         } else {
             self.give(request, Bytes::new(), place, export);
         }
@@ -433,15 +431,20 @@ impl Transmission {
         let job = Job {
             request,
             payload,
-            pending: Pending::new(request.ticket, place, Arc::clone(&self.queue)),
+            pending: Pending::of_job(request.ticket, place, Arc::clone(&self.queue)),
             export,
             session: Arc::clone(&self.session),
             buffers: self.shared.buffers.clone(),
             counters: Arc::clone(&self.shared.counters),
         };
+        self.run_job(Box::new(move || job.carry_out()));
+    }
+
+    /// Has a worker run a job that answers one request.
+    fn run_job(&mut self, job: Box<dyn FnOnce() + Send>) {
         if self.running < self.at_once() {
             self.running += 1;
-            self.shared.workers.run(move || job.carry_out());
+            self.shared.workers.run(job);
         } else {
             self.backlog.push_back(job);
         }
@@ -593,7 +596,7 @@ impl Transmission {
             return Err(io::Error::from(io::ErrorKind::ConnectionReset).into());
         }
         for job in std::mem::take(&mut self.backlog) {
-            self.shared.workers.run(move || job.carry_out());
+            self.shared.workers.run(job);
         }
         self.finished = true;
         Ok(())

@@ -8,17 +8,15 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 
-use super::pipe::Pipe;
 use super::stream::Stream;
 use super::work::Place;
 use crate::nbd::buffers::{Buffer, Buffers};
+use crate::nbd::pipes::{Pipe, Pipes};
 
 /// Bytes of a batch.
 pub(super) const BATCH: usize = 256 << 10;
 /// Most parts of one system call; the kernel takes 1024.
 const PARTS: usize = 64;
-/// Pipes kept for the next answers.
-const SPARE: usize = 4;
 
 /// What is left of a file behind the bytes in a pipe.
 #[derive(Debug)]
@@ -66,16 +64,26 @@ pub(super) enum Flushed {
 }
 
 /// Answers on their way.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Output {
     segments: VecDeque<Segment>,
     left: usize,
     /// All bytes ever sent: progress.
     sent: u64,
-    pipes: Vec<Pipe>,
+    pipes: Pipes,
 }
 
 impl Output {
+    /// Nothing; pipes go back where they came from.
+    pub(super) fn new(pipes: Pipes) -> Self {
+        Self {
+            segments: VecDeque::new(),
+            left: 0,
+            sent: 0,
+            pipes,
+        }
+    }
+
     pub(super) const fn is_empty(&self) -> bool {
         self.left == 0
     }
@@ -138,18 +146,6 @@ impl Output {
         };
         self.left += segment.left();
         self.segments.push_back(segment);
-    }
-
-    /// A pipe for [`Output::pages`].
-    pub(super) fn pipe(&mut self) -> io::Result<Pipe> {
-        self.pipes.pop().map_or_else(Pipe::new, Ok)
-    }
-
-    /// Keeps an empty pipe for later.
-    pub(super) fn keep(&mut self, pipe: Pipe) {
-        if self.pipes.len() < SPARE {
-            self.pipes.push(pipe);
-        }
     }
 
     /// Adds `filled` bytes in a pipe and what follows them in the file.
@@ -242,7 +238,7 @@ impl Output {
             }
             match self.segments.pop_front() {
                 Some(Segment::Reply { _place, .. }) => done(&_place),
-                Some(Segment::Pages { pipe, .. }) => self.keep(pipe),
+                Some(Segment::Pages { pipe, .. }) => self.pipes.keep(pipe),
                 _ => {}
             }
         }

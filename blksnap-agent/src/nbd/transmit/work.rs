@@ -54,6 +54,8 @@ pub(super) struct Done {
     pub(super) head: Vec<u8>,
     pub(super) body: Option<Buffer>,
     pub(super) place: Place,
+    /// It was one of the jobs that a connection may have at once.
+    pub(super) counted: bool,
 }
 
 /// Answers of the workers for one connection.
@@ -98,22 +100,43 @@ pub(super) struct Pending {
     ticket: Ticket,
     place: Option<Place>,
     queue: Arc<Queue>,
+    counted: bool,
 }
 
 impl Pending {
-    pub(super) const fn new(ticket: Ticket, place: Place, queue: Arc<Queue>) -> Self {
+    /// The request of one job.
+    pub(super) const fn of_job(ticket: Ticket, place: Place, queue: Arc<Queue>) -> Self {
         Self {
             ticket,
             place: Some(place),
             queue,
+            counted: true,
         }
+    }
+
+    /// A request that is answered otherwise.
+    pub(super) const fn of_parts(ticket: Ticket, place: Place, queue: Arc<Queue>) -> Self {
+        Self {
+            ticket,
+            place: Some(place),
+            queue,
+            counted: false,
+        }
+    }
+
+    /// Queues success as the answer.
+    pub(super) fn succeed(self) {
+        let mut head = Vec::new();
+        reply::done(&mut head, self.ticket);
+        self.complete(head, None);
     }
 
     fn complete(mut self, head: Vec<u8>, body: Option<Buffer>) {
         self.send(head, body);
     }
 
-    fn fail(mut self, error: ErrorCode, message: &str) {
+    /// Queues an error as the answer.
+    pub(super) fn fail(mut self, error: ErrorCode, message: &str) {
         self.send_error(error, message);
     }
 
@@ -128,7 +151,12 @@ impl Pending {
 
     fn send(&mut self, head: Vec<u8>, body: Option<Buffer>) {
         if let Some(place) = self.place.take() {
-            self.queue.push(Done { head, body, place });
+            self.queue.push(Done {
+                head,
+                body,
+                place,
+                counted: self.counted,
+            });
         }
     }
 }

@@ -30,6 +30,9 @@ struct Arguments {
     /// Only these groups
     #[arg(value_name = "NAME")]
     groups: Vec<Group>,
+    /// Only this figure of the NBD server
+    #[arg(long, value_name = "FIGURE")]
+    only: Option<String>,
     /// Form of the answer
     #[arg(long, value_name = "FORM", default_value = "text")]
     output: Output,
@@ -85,7 +88,7 @@ fn main() -> ExitCode {
         };
     }
     let arguments = Arguments::parse();
-    match measure(&arguments.groups) {
+    match measure(&arguments) {
         Ok(report) => {
             match arguments.output {
                 Output::Text => print!("{}", report.table()),
@@ -100,7 +103,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn measure(groups: &[Group]) -> Result<Report> {
+fn measure(arguments: &Arguments) -> Result<Report> {
     ensure!(
         nix::unistd::Uid::effective().is_root(),
         "the benchmark makes devices and loads eBPF programs: run it as root"
@@ -109,6 +112,7 @@ fn measure(groups: &[Group]) -> Result<Report> {
         interrupt: Interrupt::install()?,
         report: Report::default(),
     };
+    let groups = &arguments.groups;
     let wanted = |group| groups.is_empty() || groups.contains(&group);
     if wanted(Group::Track) {
         track::measure(&mut bench)?;
@@ -124,7 +128,7 @@ fn measure(groups: &[Group]) -> Result<Report> {
         converge::measure(&mut bench)?;
     }
     if wanted(Group::Nbd) {
-        nbd::measure(&mut bench)?;
+        nbd::measure(&mut bench, arguments.only.as_deref())?;
     }
     Ok(bench.report)
 }

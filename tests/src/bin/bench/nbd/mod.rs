@@ -9,7 +9,7 @@ mod servers;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use self::load::{Kind, Load};
 use self::servers::Peer;
@@ -96,7 +96,13 @@ struct Measured {
     cpu: f64,
 }
 
-pub(crate) fn measure(bench: &mut Bench) -> Result<()> {
+/// Measures all figures, or the one with this name.
+pub(crate) fn measure(bench: &mut Bench, only: Option<&str>) -> Result<()> {
+    let wanted = |figure: &&Figure| only.is_none_or(|name| figure.ratio == name);
+    ensure!(
+        FIGURES.iter().any(|figure| wanted(&figure)),
+        "no figure of this name: see `nbd_..._ratio`"
+    );
     let directory = tempfile::tempdir()?;
     let file = tempfile::Builder::new()
         .prefix("blksnap-bench-")
@@ -105,7 +111,7 @@ pub(crate) fn measure(bench: &mut Bench) -> Result<()> {
     bench.step("nbd: filling the file")?;
     fill(file.as_file())?;
     let peers = servers::start_all(directory.path(), file.path())?;
-    for figure in &FIGURES {
+    for figure in FIGURES.iter().filter(wanted) {
         measure_figure(bench, figure, &peers)?;
     }
     Ok(())

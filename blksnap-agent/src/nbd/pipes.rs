@@ -1,4 +1,4 @@
-//! Pipe: pages of a file on their way to the client, or of the client to a file, without a copy through the process.
+//! Pipes: pages of a file on their way to the client, or of the client to a file, without a copy through the process.
 //!
 //! Pages that wait in a pipe or a socket are those of the file: a client may see a write of another client that was
 //! acknowledged after its read began and before it got the data. The specification leaves the order of requests in
@@ -7,13 +7,40 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
 
+/// Most pipes kept for later.
+const KEPT: usize = 64;
+
 /// Bytes that a pipe should hold; the limit for processes without privileges (`fs.pipe-max-size`).
 pub(super) const CAPACITY: usize = 1 << 20;
+
+/// Empty pipes, to be used again.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pipes(Arc<Mutex<Vec<Pipe>>>);
+
+impl Pipes {
+    /// An empty pipe.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub(super) fn take(&self) -> io::Result<Pipe> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        kept.map_or_else(Pipe::new, Ok)
+    }
+
+    /// Keeps an empty pipe for later.
+    pub(super) fn keep(&self, pipe: Pipe) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() < KEPT {
+            kept.push(pipe);
+        }
+    }
+}
 
 /// A pipe of our own.
 #[derive(Debug)]
