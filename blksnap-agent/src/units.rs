@@ -21,9 +21,32 @@ pub enum UnitError {
     /// A block size that is no power of two in the allowed range.
     #[error("block size {0} is not a power of two from 4 KiB to 64 MiB")]
     BlockSize(u64),
+    /// Text that is no size.
+    #[error("\"{0}\" is no size: give bytes, or a number with a suffix as in 64K, 1M, 2GiB")]
+    Size(String),
     /// Text that is no `major:minor`.
     #[error("\"{0}\" is not a device number of the form major:minor")]
     DeviceId(String),
+}
+
+/// The bytes of `text`: a number, and a suffix `K`, `M`, `G`, `T`, also as in `KiB`; K is 1024.
+///
+/// # Errors
+/// It is none, or more than 2^64.
+pub fn parse_bytes(text: &str) -> Result<u64, UnitError> {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, suffix) = text.split_at(end);
+    let shift = match suffix {
+        "" | "B" => Some(0),
+        "k" | "K" | "KiB" => Some(10),
+        "M" | "MiB" => Some(20),
+        "G" | "GiB" => Some(30),
+        "T" | "TiB" => Some(40),
+        _ => None,
+    };
+    shift
+        .and_then(|shift| number.parse::<u64>().ok()?.checked_mul(1 << shift))
+        .ok_or_else(|| UnitError::Size(text.to_owned()))
 }
 
 /// A count of 512-byte sectors, or a position in them.

@@ -1,23 +1,9 @@
 //! Size: bytes as people write and read them. Units are binary: K is 1024.
 
-/// The bytes of `text`: a number, and a suffix `K`, `M`, `G`, `T`, also as in `KiB`.
+/// The bytes of `text`, as [`crate::units::parse_bytes`] reads it.
 pub(super) fn parse(text: &str) -> Result<u64, String> {
-    let wrong = || "give a size in bytes, or with a suffix as in 64K, 1M, 2GiB".to_owned();
-    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, suffix) = text.split_at(end);
-    let shift = match suffix {
-        "" | "B" => 0,
-        "k" | "K" | "KiB" => 10,
-        "M" | "MiB" => 20,
-        "G" | "GiB" => 30,
-        "T" | "TiB" => 40,
-        _ => return Err(wrong()),
-    };
-    number
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(1 << shift))
-        .ok_or_else(wrong)
+    crate::units::parse_bytes(text)
+        .map_err(|_| "give a size in bytes, or with a suffix as in 64K, 1M, 2GiB".to_owned())
 }
 
 /// `bytes` with a unit, as `1.5 GiB`; without a fraction where it is exact.

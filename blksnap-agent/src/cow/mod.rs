@@ -30,5 +30,5 @@ mod table;
 pub use hold::{Decision, Hold, HoldError, Job, Need, SnapshotKey, Ticket};
 pub use layout::{ChunkLayout, ChunkRange, UnitSet};
 pub use params::{ChunkParams, ChunkParamsError};
-pub use space::{Overflow, Region, RegionId, Slot, Space, SpaceEvent};
+pub use space::{Misplaced, Overflow, Region, RegionId, Slot, Space, SpaceEvent, Taken};
 pub use table::{BufferId, ChunkState, Piece, Place, Table};

@@ -4,12 +4,27 @@
 //! made before) gives out whole slots; its rest that is too small for a slot is skipped. A *sparse* one (a file
 //! that takes no room where nothing was written) gives out slots of its address space, and only what is written to
 //! them counts.
+//!
+//! A space that is opened again is told which slots were given out ([`Space::restore`]): what can't be true is refused,
+//! since two chunks in one place would read as each other.
 
 /// Number of a region in its space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RegionId(u32);
 
 impl RegionId {
+    /// The region with this number, as it was saved.
+    #[must_use]
+    pub const fn new(number: u32) -> Self {
+        Self(number)
+    }
+
+    /// The number, to be saved.
+    #[must_use]
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+
     /// The number, from 0 on in the order of [`Space::append`].
     #[must_use]
     pub const fn index(self) -> usize {
@@ -20,10 +35,42 @@ impl RegionId {
 /// A piece of difference storage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
-    /// Bytes that may be used.
+    /// Where its address space begins.
+    pub start: u64,
+    /// Length of its address space.
+    pub length: u64,
+    /// Bytes that may be used in it.
     pub bytes: u64,
     /// What was never written takes no room.
     pub sparse: bool,
+}
+
+impl Region {
+    /// The `bytes` bytes from `start` on.
+    #[must_use]
+    pub const fn dense(start: u64, bytes: u64) -> Self {
+        Self {
+            start,
+            length: bytes,
+            bytes,
+            sparse: false,
+        }
+    }
+
+    /// Room for `bytes` bytes, anywhere in `length` bytes.
+    #[must_use]
+    pub const fn sparse(length: u64, bytes: u64) -> Self {
+        Self {
+            start: 0,
+            length,
+            bytes,
+            sparse: true,
+        }
+    }
+
+    const fn end(&self) -> u64 {
+        self.start.saturating_add(self.length)
+    }
 }
 
 /// Where a chunk has its place.
@@ -43,6 +90,29 @@ pub struct Overflow {
     pub used: u64,
     /// Bytes there are.
     pub bytes: u64,
+}
+
+/// A slot that was never given out so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the slot at {offset} in region {region} of the difference storage {why}")]
+pub struct Misplaced {
+    /// Number of the region.
+    pub region: u32,
+    /// First byte of the slot.
+    pub offset: u64,
+    /// What is wrong with it.
+    pub why: &'static str,
+}
+
+/// A slot that was given out before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// The slot.
+    pub slot: Slot,
+    /// Its length: bytes of a whole chunk.
+    pub chunk: u64,
+    /// Bytes that are stored in it.
+    pub stored: u64,
 }
 
 /// Something that whoever provides storage should know.
@@ -93,16 +163,73 @@ impl Space {
         let id = RegionId(u32::try_from(self.regions.len()).expect("fewer regions than 2^32"));
         self.regions.push(RegionState {
             region,
-            next: 0,
+            next: region.start,
             used: 0,
         });
         id
     }
 
-    /// Lets a region have more bytes.
-    pub fn grow(&mut self, id: RegionId, bytes: u64) {
-        let region = &mut self.regions[id.index()].region;
-        region.bytes = region.bytes.max(bytes);
+    /// Lets a sparse region have `bytes` bytes, more or fewer than before, but what is in use.
+    pub fn resize(&mut self, id: RegionId, bytes: u64) {
+        let state = &mut self.regions[id.index()];
+        if state.region.sparse {
+            state.region.bytes = bytes.max(state.used);
+        }
+    }
+
+    /// Bytes in use of a region.
+    #[must_use]
+    pub fn used_of(&self, id: RegionId) -> u64 {
+        self.regions[id.index()].used
+    }
+
+    /// A region as it is now.
+    #[must_use]
+    pub fn region(&self, id: RegionId) -> Region {
+        self.regions[id.index()].region
+    }
+
+    /// All regions, in order.
+    pub fn regions(&self) -> impl Iterator<Item = RegionId> + use<> {
+        (0..u32::try_from(self.regions.len()).unwrap_or(u32::MAX)).map(RegionId)
+    }
+
+    /// Marks slots as given out, in a space from which nothing was given out yet. A sparse region may have the bytes
+    /// that are in use then.
+    ///
+    /// # Errors
+    /// A slot is in no region, not all in its region, or overlaps another one. The space is of no use then.
+    pub fn restore(&mut self, taken: impl IntoIterator<Item = Taken>) -> Result<(), Misplaced> {
+        let mut taken: Vec<Taken> = taken.into_iter().collect();
+        taken.sort_unstable_by_key(|taken| (taken.slot.region, taken.slot.offset));
+        for Taken { slot, chunk, stored } in taken {
+            let wrong = |why| Misplaced {
+                region: slot.region.0,
+                offset: slot.offset,
+                why,
+            };
+            let state = self
+                .regions
+                .get_mut(slot.region.index())
+                .ok_or(wrong("is in none that was opened"))?;
+            let end = slot.offset.checked_add(chunk).ok_or(wrong("has no end"))?;
+            if slot.offset < state.region.start || end > state.region.end() {
+                return Err(wrong("is not within the region"));
+            }
+            // By now this is the end of the slot before.
+            if slot.offset < state.next {
+                return Err(wrong("overlaps another one"));
+            }
+            if stored > chunk {
+                return Err(wrong("has more bytes than a chunk"));
+            }
+            let bytes = if state.region.sparse { stored } else { chunk };
+            state.next = end;
+            state.used += bytes;
+            state.region.bytes = state.region.bytes.max(state.used);
+            self.used += bytes;
+        }
+        Ok(())
     }
 
     /// Bytes of all regions.
@@ -128,11 +255,8 @@ impl Space {
             .iter_mut()
             .enumerate()
             .find(|(_, state)| {
-                if state.region.sparse {
-                    state.used + first <= state.region.bytes
-                } else {
-                    state.next + chunk <= state.region.bytes
-                }
+                let fits = chunk <= state.region.end().saturating_sub(state.next);
+                fits && (!state.region.sparse || state.used + first <= state.region.bytes)
             })
             .ok_or(overflow)?;
         let offset = state.next;
@@ -220,7 +344,10 @@ mod tests {
             for op in ops {
                 match op {
                     Op::Append(bytes, sparse) => {
-                        let region = Region { bytes, sparse };
+                        let region = match sparse {
+                            true => Region::sparse(64 * bytes, bytes),
+                            false => Region::dense(1000, bytes),
+                        };
                         prop_assert_eq!(space.append(region).index(), regions.len());
                         regions.push(region);
                     }
@@ -251,6 +378,15 @@ mod tests {
                     }
                     Op::Extend(..) => {}
                 }
+                // What was given out can be opened again, and goes on behind it.
+                let mut again = Space::new(16).0;
+                for region in &regions {
+                    again.append(*region);
+                }
+                let taken = slots.iter().rev().map(|(slot, stored)| Taken { slot: *slot, chunk: 4, stored: *stored });
+                prop_assert_eq!(again.restore(taken), Ok(()));
+                prop_assert_eq!(again.used(), space.used());
+                prop_assert_eq!(again.slot(4, 4), space.clone().slot(4, 4));
                 let mut used = 0;
                 for (index, region) in regions.iter().enumerate() {
                     let mine: Vec<_> = slots.iter().filter(|(slot, _)| slot.region.index() == index).collect();
@@ -271,5 +407,42 @@ mod tests {
                 prop_assert!(space.event().is_none());
             }
         }
+    }
+
+    #[test]
+    fn slots_that_were_never_given_out_so_are_refused() {
+        let taken = |region, offset, chunk, stored| Taken {
+            slot: Slot {
+                region: RegionId(region),
+                offset,
+            },
+            chunk,
+            stored,
+        };
+        let why = |slots: &[Taken]| {
+            let mut space = Space::new(0).0;
+            space.append(Region::dense(100, 10));
+            space.append(Region::sparse(100, 4));
+            space
+                .restore(slots.iter().copied())
+                .map_err(|misplaced| misplaced.why)
+        };
+        assert_eq!(
+            why(&[taken(0, 100, 4, 1), taken(1, 96, 4, 1), taken(0, 104, 4, 4)]),
+            Ok(())
+        );
+        assert_eq!(why(&[taken(2, 0, 4, 1)]), Err("is in none that was opened"));
+        assert_eq!(why(&[taken(0, u64::MAX, 4, 1)]), Err("has no end"));
+        assert_eq!(why(&[taken(0, 96, 4, 1)]), Err("is not within the region"));
+        assert_eq!(why(&[taken(0, 108, 4, 1)]), Err("is not within the region"));
+        assert_eq!(
+            why(&[taken(1, 0, 4, 1), taken(1, 3, 4, 1)]),
+            Err("overlaps another one")
+        );
+        assert_eq!(
+            why(&[taken(1, 0, 4, 1), taken(1, 0, 4, 1)]),
+            Err("overlaps another one")
+        );
+        assert_eq!(why(&[taken(1, 0, 4, 5)]), Err("has more bytes than a chunk"));
     }
 }

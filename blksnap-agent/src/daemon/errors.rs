@@ -33,6 +33,8 @@ impl Tell for DiskError {
                 Code::NoDevice
             }
             Self::NotBlock { .. } => Code::NotBlockDevice,
+            Self::Busy { .. } => Code::Busy,
+            Self::NotDisk { .. } => Code::InvalidRequest,
             _ => Code::Io,
         }
     }
@@ -81,8 +83,21 @@ impl Tell for ExtentsError {
 impl Tell for StorageError {
     fn code(&self) -> Code {
         match self {
-            Self::NotDirectory { .. } => Code::InvalidRequest,
-            Self::Directory { source, .. } | Self::Create { source, .. } => of_io(source),
+            Self::NotDirectory { .. }
+            | Self::NotSparse { .. }
+            | Self::Empty { .. }
+            | Self::Kind { .. }
+            | Self::LogicalBlock { .. }
+            | Self::Range { .. }
+            | Self::Origin { .. }
+            | Self::Name(_) => Code::InvalidRequest,
+            Self::Directory { source, .. } | Self::Create { source, .. } | Self::Io { source, .. } => {
+                of_io(source)
+            }
+            Self::Full { .. } => Code::NoSpace,
+            Self::Disk(error) => error.code(),
+            Self::NoDevice(_) | Self::Extents(_) => Code::Unsupported,
+            Self::Volatile(_) | Self::Misplaced(_) => Code::Io,
         }
     }
 }

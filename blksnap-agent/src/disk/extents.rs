@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use super::device::{BlockDevice, device_number};
 use super::mounts::Table;
 use crate::sys::fiemap::{self, ExtentFlags, FileExtent};
-use crate::units::{Extent, SECTOR_BYTES};
+use crate::units::{DeviceId, Extent, SECTOR_BYTES};
 
 /// File systems whose addresses are bytes of their device.
 const KNOWN: [&str; 4] = ["ext2", "ext3", "ext4", "xfs"];
@@ -97,23 +97,51 @@ pub fn of_file(device: &BlockDevice, path: &Path) -> Result<Vec<Extent>, Extents
     if !metadata.is_file() {
         return Err(ExtentsError::NotFile(path.to_owned()));
     }
+    check_kind(&file, path)?;
+    let first_byte = place(device, &metadata).ok_or_else(|| ExtentsError::OtherDevice {
+        path: path.to_owned(),
+        device: device.path.clone(),
+    })?;
+    find(&file, path, first_byte)
+}
+
+/// The device of the file system that has `file`, and the ranges of it that hold the file; as [`of_file`]. The path is
+/// for messages.
+///
+/// # Errors
+/// See [`ExtentsError`].
+pub fn of_open_file(file: &File, path: &Path) -> Result<(DeviceId, Vec<Extent>), ExtentsError> {
+    check_kind(file, path)?;
+    let metadata = file.metadata().map_err(|source| ExtentsError::Open {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok((device_number(metadata.dev()), find(file, path, 0)?))
+}
+
+/// Refuses file systems whose addresses are not known to be bytes of their device.
+fn check_kind(file: &File, path: &Path) -> Result<(), ExtentsError> {
     let kind = Table::read()
         .map_err(io::Error::other)
-        .and_then(|table| Ok(table.of_file(&file)?.fs_type.clone()))
-        .map_err(opened)?;
-    if !KNOWN.contains(&kind.as_str()) || fiemap::is_realtime(&file).unwrap_or_default() {
+        .and_then(|table| Ok(table.of_file(file)?.fs_type.clone()))
+        .map_err(|source| ExtentsError::Open {
+            path: path.to_owned(),
+            source,
+        })?;
+    if !KNOWN.contains(&kind.as_str()) || fiemap::is_realtime(file).unwrap_or_default() {
         return Err(ExtentsError::Kind {
             path: path.to_owned(),
             kind,
         });
     }
-    let first_byte = place(device, &metadata).ok_or_else(|| ExtentsError::OtherDevice {
-        path: path.to_owned(),
-        device: device.path.clone(),
-    })?;
+    Ok(())
+}
+
+/// The ranges of a file in a file system that begins at `first_byte`.
+fn find(file: &File, path: &Path, first_byte: u64) -> Result<Vec<Extent>, ExtentsError> {
     let mut attempt = 1;
     loop {
-        let extents = fiemap::fiemap(&file).map_err(|errno| ExtentsError::Map {
+        let extents = fiemap::fiemap(file).map_err(|errno| ExtentsError::Map {
             path: path.to_owned(),
             source: errno.into(),
         })?;
@@ -121,7 +149,7 @@ pub fn of_file(device: &BlockDevice, path: &Path) -> Result<Vec<Extent>, Extents
             Ok(ranges) => return Ok(ranges),
             Err(_) if attempt < ATTEMPTS => {
                 attempt += 1;
-                sync(&file, path)?;
+                sync(file, path)?;
             }
             Err(why) => {
                 return Err(ExtentsError::NoPlace {

@@ -1,4 +1,4 @@
-//! Directory storage: unnamed files in a directory.
+//! Directory storage: files in a directory, unnamed or named to be found again.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -7,47 +7,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-/// The difference storage can't be used.
-#[derive(Debug, thiserror::Error)]
-pub enum StorageError {
-    /// There is no such directory.
-    #[error("can't use {path} as difference storage: {source}; create the directory, or give another one")]
-    Directory {
-        /// The path as given.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// It is something else.
-    #[error("can't use {path} as difference storage: it is not a directory")]
-    NotDirectory {
-        /// The path as given.
-        path: PathBuf,
-    },
-    /// No file can be made there.
-    #[error("can't make a file of {length} bytes in {path}: {source}{}", remedy(source))]
-    Create {
-        /// The directory.
-        path: PathBuf,
-        /// Length of the file.
-        length: u64,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-fn remedy(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "; free some space there, or choose another place"
-        }
-        io::ErrorKind::FileTooLarge => "; its file system has no files of this length, choose another place",
-        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
-            "; choose a place that can be written"
-        }
-        _ => "",
-    }
-}
+use super::StorageError;
 
 /// A directory that holds images.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,6 +54,56 @@ impl DirStorage {
                 length,
                 source,
             })
+    }
+
+    /// A new file with this name, which must not be there yet. It stays when it is closed.
+    ///
+    /// # Errors
+    /// As for [`DirStorage::create`]; or it is there.
+    pub fn create_named(&self, name: &str) -> Result<File, StorageError> {
+        let failed = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| StorageError::Io { action, path, source }
+        };
+        let path = self.path.join(name);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .create_new(true)
+            .open(&path)
+            .map_err(failed("create", &path))?;
+        // A power cut must not take the name away from a file that is in use.
+        File::open(&self.path)
+            .and_then(|directory| directory.sync_all())
+            .map_err(failed("make durable", &self.path))?;
+        Ok(file)
+    }
+
+    /// The file with this name, as [`DirStorage::create_named`] made it.
+    ///
+    /// # Errors
+    /// It is not there, or is no regular file.
+    pub fn open_named(&self, name: &str) -> Result<File, StorageError> {
+        let path = self.path.join(name);
+        let opened = |source| StorageError::Io {
+            action: "open",
+            path: path.clone(),
+            source,
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(&path)
+            .map_err(opened)?;
+        match file.metadata().map_err(opened)?.is_file() {
+            true => Ok(file),
+            false => Err(StorageError::Kind {
+                path,
+                wanted: "regular file",
+            }),
+        }
     }
 
     fn unnamed(&self) -> io::Result<File> {

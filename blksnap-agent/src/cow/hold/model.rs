@@ -255,11 +255,11 @@ impl World {
         self.taking = false;
         let (mut space, _) = Space::new(0);
         for _ in 0..self.rng.random_range(1..3) {
-            let region = Region {
-                bytes: self.rng.random_range(200..6000) * SECTOR,
-                sparse: self.rng.random_bool(0.5),
-            };
-            space.append(region);
+            let bytes = self.rng.random_range(200..6000) * SECTOR;
+            space.append(match self.rng.random_bool(0.5) {
+                true => Region::sparse(64 * bytes, bytes),
+                false => Region::dense(0, bytes),
+            });
         }
         self.snapshots.insert(
             key,
