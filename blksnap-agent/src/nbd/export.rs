@@ -100,6 +100,18 @@ pub struct ZeroOptions {
     pub fua: bool,
 }
 
+/// How the server reads ahead for clients that read in order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PrefetchBy {
+    /// By [`Export::cache`]: the export keeps what it reads.
+    #[default]
+    Hint,
+    /// By [`Export::read_at`], before clients ask, and by keeping the bytes for a moment. For exports that are
+    /// read-only and whose bytes never change, as those of an image: what was read once is right for ever. Not done for
+    /// others.
+    Keeping,
+}
+
 /// Something that is served over NBD.
 ///
 /// # Durability
@@ -142,6 +154,11 @@ pub trait Export: Send + Sync {
     /// by other means than the calls below, with the same outcome. It stays the same while the export lives.
     fn file(&self) -> Option<&Arc<File>> {
         None
+    }
+
+    /// How the server reads ahead. It stays the same while the export lives.
+    fn prefetch_by(&self) -> PrefetchBy {
+        PrefetchBy::Hint
     }
 
     /// Fills `buffer` with the bytes from `offset`, all of them.

@@ -9,7 +9,8 @@
 //! | [`server`] | accepts clients, ends in good order; [`limits`] is what bounds it |
 //! | [`endpoint`] | the sockets that it listens on: [`socket`], [`activation`], [`tls`] |
 //! | `connection` | one client: the handshake, a task |
-//! | `transmit` | one client: its requests, a thread; beside it `workers`, `buffers`, `pipes`, `readahead`, `wake`, `end` |
+//! | `transmit` | one client: its requests, a thread; beside it `workers`, `buffers`, `pipes`, `wake`, `end` |
+//! | `ahead` | what is read before clients ask for it; `readahead` says what that is |
 //! | [`client`] | the other side of the handshake |
 //! | [`kernel`] | exports as block devices of this machine |
 //! | [`counters`] | what the server did, for metrics |
@@ -19,6 +20,7 @@
 
 pub mod activation;
 pub mod address;
+mod ahead;
 mod buffers;
 pub mod changes;
 pub mod client;

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::ahead::Ahead;
 use super::export::Export;
 use super::proto::limits::MAX_STRING;
 use super::proto::{Catalog, ExportFacts, Found, Listed};
@@ -43,6 +44,7 @@ pub enum RegistryError {
 pub struct Entry {
     export: RwLock<Option<Arc<dyn Export>>>,
     clients: AtomicUsize,
+    ahead: Arc<Ahead>,
 }
 
 impl Entry {
@@ -50,6 +52,11 @@ impl Entry {
     #[must_use]
     pub fn export(&self) -> Option<Arc<dyn Export>> {
         self.export.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What is read ahead for its clients.
+    pub(super) const fn ahead(&self) -> &Arc<Ahead> {
+        &self.ahead
     }
 
     /// Counts a client until the guard is dropped.
@@ -64,7 +71,9 @@ pub(super) struct ClientGuard(Arc<Entry>);
 
 impl Drop for ClientGuard {
     fn drop(&mut self) {
-        self.0.clients.fetch_sub(1, Ordering::Relaxed);
+        if self.0.clients.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.ahead.forget();
+        }
     }
 }
 
@@ -105,6 +114,7 @@ impl Exports {
         let entry = Entry {
             export: RwLock::new(Some(export)),
             clients: AtomicUsize::new(0),
+            ahead: Arc::default(),
         };
         entries.insert(name, Arc::new(entry));
         Ok(())
@@ -120,6 +130,7 @@ impl Exports {
         match entry {
             Some(entry) => {
                 *entry.export.write().unwrap_or_else(PoisonError::into_inner) = None;
+                entry.ahead.close();
                 true
             }
             None => false,

@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
 use super::address::Address;
+use super::ahead::Means;
 use super::buffers::Buffers;
 use super::connection::serve;
 use super::counters::{Counters, add, subtract};
@@ -66,14 +67,17 @@ impl Server {
     pub fn start_on(endpoints: Vec<Endpoint>, exports: Arc<Exports>, limits: &ServerLimits) -> Self {
         let limits = limits.sound();
         let end = Arc::new(End::new());
+        let buffers = Buffers::default();
+        let workers = Workers::new(limits.workers as usize);
         let shared = Arc::new(Shared {
             exports,
             counters: Arc::new(Counters::default()),
             limits,
             budget: Arc::new(Budget::new(limits.total_bytes)),
-            buffers: Buffers::default(),
+            ahead: Means::new(buffers.clone(), workers.clone()),
+            buffers,
             pipes: Pipes::default(),
-            workers: Workers::new(limits.workers as usize),
+            workers,
             end: Arc::clone(&end),
         });
         let clients = TaskTracker::new();

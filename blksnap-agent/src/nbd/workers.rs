@@ -4,6 +4,7 @@
 //! alone; whoever waits for it is told by what the job drops.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -76,6 +77,15 @@ impl Inner {
             }
         }
         state.threads -= 1;
+    }
+}
+
+impl fmt::Debug for Workers {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Workers")
+            .field("most", &self.inner.most)
+            .finish_non_exhaustive()
     }
 }
 

@@ -15,11 +15,12 @@ use std::sync::Arc;
 
 use super::Transmission;
 use super::output::Rest;
+use crate::nbd::ahead::Kept;
 use crate::nbd::counters::add;
 use crate::nbd::export::{Export, ExportError};
 use crate::nbd::pipes::CAPACITY;
-use crate::nbd::proto::Ticket;
 use crate::nbd::proto::reply::{self, MAX_READ_PREFIX};
+use crate::nbd::proto::{Command, Ticket};
 use crate::sys::cached;
 
 /// Reads up to this length are copied into the batch; longer ones go as pages.
@@ -75,7 +76,7 @@ impl Transmission {
             return true;
         }
         let Some(direct) = self.direct.clone() else {
-            return false;
+            return self.keeps && self.copy_kept(ticket, offset, length);
         };
         let Some(export) = self.entry.export() else {
             return false;
@@ -132,6 +133,39 @@ impl Transmission {
         }
         self.output.commit(prefix + length as usize);
         Outcome::Answered
+    }
+
+    /// Answers with what was read ahead, if all of it is here and short.
+    fn copy_kept(&mut self, ticket: Ticket, offset: u64, length: u32) -> bool {
+        if length as usize > SHORT {
+            return false;
+        }
+        let Some(kept) = self.entry.ahead().kept(offset, length.into(), true) else {
+            return false;
+        };
+        self.scratch.clear();
+        reply::read_prefix(&mut self.scratch, ticket, offset, length);
+        let prefix = self.scratch.len();
+        let room = self
+            .output
+            .room(MAX_READ_PREFIX + length as usize, &self.shared.buffers);
+        room[..prefix].copy_from_slice(&self.scratch);
+        if !kept.copy(&mut room[prefix..][..length as usize]) {
+            return false;
+        }
+        self.output.commit(prefix + length as usize);
+        add(&self.shared.counters.bytes_read, length.into());
+        true
+    }
+
+    /// What was read ahead of a request for a worker.
+    pub(super) fn kept(&self, command: &Command) -> Option<Kept> {
+        match command {
+            Command::Read { offset, length, .. } if self.keeps => {
+                self.entry.ahead().kept(*offset, (*length).into(), false)
+            }
+            _ => None,
+        }
     }
 
     /// Answers with the file's own pages.

@@ -39,7 +39,6 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -52,10 +51,11 @@ use self::output::{BATCH, Flushed, Output};
 use self::payload::Collecting;
 use self::stream::Stream;
 use self::work::{Job, Pending, Place, Queue};
+use super::ahead::Means;
 use super::buffers::Buffers;
 use super::counters::{Counters, add};
 use super::end::{End, Phase};
-use super::export::Export;
+use super::export::{Export, PrefetchBy};
 use super::limits::{Budget, ServerLimits};
 use super::pipes::Pipes;
 use super::proto::reply::{self, MAX_READ_PREFIX};
@@ -63,7 +63,6 @@ use super::proto::wire::CommandType;
 use super::proto::{
     Command, ErrorCode, Event, Framing, Request, Requests, Session, StatusExtent, Ticket, TransmissionError,
 };
-use super::readahead::ReadAhead;
 use super::registry::{Entry, Exports};
 use super::wake::Waker;
 use super::workers::Workers;
@@ -87,6 +86,7 @@ pub(super) struct Shared {
     /// Memory of all connections.
     pub(super) budget: Arc<Budget>,
     pub(super) buffers: Buffers,
+    pub(super) ahead: Means,
     pub(super) pipes: Pipes,
     /// Threads for requests that wait.
     pub(super) workers: Workers,
@@ -157,8 +157,8 @@ pub(super) struct Transmission {
     waiting: Option<Request>,
     collecting: Option<Collecting>,
     direct: Option<Direct>,
-    ahead: ReadAhead,
-    hinting: Arc<AtomicBool>,
+    /// Parts of the export are read ahead and kept.
+    keeps: bool,
     clock: Clock,
     /// The request before was a large write.
     large_writes: bool,
@@ -188,6 +188,9 @@ impl Transmission {
         let direct = entry
             .export()
             .and_then(|export| Direct::of(&*export, stream.is_plain()));
+        let keeps = entry.export().is_some_and(|export| {
+            direct.is_none() && export.read_only() && export.prefetch_by() == PrefetchBy::Keeping
+        });
         let limits = shared.limits;
         Ok(Self {
             output: Output::new(shared.pipes.clone()),
@@ -211,8 +214,7 @@ impl Transmission {
             waiting: None,
             collecting: None,
             direct,
-            ahead: ReadAhead::default(),
-            hinting: Arc::default(),
+            keeps,
             clock: Clock::new(&limits),
             large_writes: false,
             left: false,
@@ -362,6 +364,9 @@ impl Transmission {
             Event::Do(request) => {
                 self.shared.counters.count_request(Some(request.command.kind()));
                 self.large_writes = request.command.payload() >= LARGE;
+                if let Command::Read { offset, length, .. } = request.command {
+                    self.read_ahead(offset, length.into());
+                }
                 if !self.start(request) {
                     self.waiting = Some(request);
                 }
@@ -407,12 +412,11 @@ impl Transmission {
                 return true;
             }
         };
-        if let Command::Read { offset, length, .. } = request.command {
-            let answered = !self.clogged && self.read_directly(request.ticket, offset, length);
-            self.read_ahead(&export, offset, length.into());
-            if answered {
-                return true;
-            }
+        if let Command::Read { offset, length, .. } = request.command
+            && !self.clogged
+            && self.read_directly(request.ticket, offset, length)
+        {
+            return true;
         }
         let Some(place) = self.place(self.needs(&request)) else {
             // Nothing may be kept of an export while a request waits.
@@ -431,6 +435,7 @@ impl Transmission {
         let job = Job {
             request,
             payload,
+            kept: self.kept(&request.command),
             pending: Pending::of_job(request.ticket, place, Arc::clone(&self.queue)),
             export,
             session: Arc::clone(&self.session),
@@ -506,25 +511,15 @@ impl Transmission {
         drop(place);
     }
 
-    /// Has a worker read ahead what this read makes likely.
-    fn read_ahead(&mut self, export: &Arc<dyn Export>, offset: u64, length: u64) {
-        if self.direct.as_ref().is_some_and(Direct::is_memory) {
+    /// Has workers read ahead what this read makes likely.
+    fn read_ahead(&self, offset: u64, length: u64) {
+        if length == 0 || self.ending || self.direct.as_ref().is_some_and(Direct::is_memory) {
             return;
         }
-        let Some((offset, length)) = self.ahead.observe(offset, length, self.session.size) else {
-            return;
-        };
-        if self.hinting.swap(true, Ordering::AcqRel) {
-            return;
+        if let Some(export) = self.entry.export() {
+            let ahead = self.entry.ahead();
+            ahead.observe(&self.shared.ahead, &export, offset, length);
         }
-        let (export, hinting) = (Arc::clone(export), Arc::clone(&self.hinting));
-        self.shared.workers.run(move || {
-            if let Err(error) = export.cache(offset, length) {
-                tracing::debug!(export = export.name(), %error, "nothing was read ahead");
-            }
-            drop(export);
-            hinting.store(false, Ordering::Release);
-        });
     }
 
     /// Whether bytes of the client can be used now.

@@ -1,5 +1,7 @@
 //! Tests of the data path: whatever way the bytes take, they are those of plain memory.
 
+mod ahead;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read as _, Write as _};

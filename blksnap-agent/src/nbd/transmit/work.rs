@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
+use crate::nbd::ahead::Kept;
 use crate::nbd::buffers::{Buffer, Buffers};
 use crate::nbd::counters::{Counters, add, subtract};
 use crate::nbd::export::{Export, ExportError, ZeroOptions};
@@ -174,6 +175,8 @@ pub(super) struct Job {
     pub(super) request: Request,
     /// The data of a write.
     pub(super) payload: Bytes,
+    /// What was read ahead of a read.
+    pub(super) kept: Option<Kept>,
     pub(super) pending: Pending,
     pub(super) export: Arc<dyn Export>,
     pub(super) session: Arc<Session>,
@@ -188,6 +191,7 @@ impl Job {
         let Self {
             request,
             payload,
+            kept,
             pending,
             export,
             session,
@@ -201,7 +205,11 @@ impl Job {
             Command::Read { offset, length, .. } => {
                 reply::read_prefix(&mut head, ticket, offset, length);
                 let mut buffer = buffers.take(length as usize);
-                export.read_at(buffer.as_mut_slice(), offset).map(|()| {
+                let read = match kept {
+                    Some(kept) => kept.read(&*export, &buffers, buffer.as_mut_slice()),
+                    None => export.read_at(buffer.as_mut_slice(), offset),
+                };
+                read.map(|()| {
                     add(&counters.bytes_read, length.into());
                     body = Some(buffer);
                 })
