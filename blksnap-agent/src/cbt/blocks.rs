@@ -13,6 +13,10 @@ use std::sync::Arc;
 /// models meet the ends of pieces.
 const PIECE: usize = if cfg!(test) { 256 } else { 1 << 16 };
 
+/// Words of bits that [`Blocks::mark_bits`] goes by: a multiple of a piece's.
+pub(crate) const MARK_WORDS: usize = 1 << 10;
+const _: () = assert!(MARK_WORDS.is_multiple_of(PIECE / 64));
+
 /// A byte per block: the number of the period in which it last changed.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Blocks {
@@ -101,12 +105,12 @@ impl Blocks {
         fresh
     }
 
-    /// Sets every block whose bit is set to `number`: bit `b` of word `w` is block 64 `w` + `b`. Gives how many
-    /// were not, and whether a bit is past the end.
-    pub(super) fn mark_bits(&mut self, words: &[u64], number: u8) -> (u64, bool) {
+    /// Sets every block whose bit is set to `number`: bit `b` of word `w` is block 64 `w` + `b`, and the first word is
+    /// word [`MARK_WORDS`] * `chunk`. Gives how many were not, and whether a bit is past the end.
+    pub(super) fn mark_bits(&mut self, chunk: usize, words: &[u64], number: u8) -> (u64, bool) {
         let mut fresh = 0;
         let mut beyond = false;
-        let mut pieces = self.pieces.iter_mut();
+        let mut pieces = self.pieces.iter_mut().skip(chunk * (MARK_WORDS / (PIECE / 64)));
         for words in words.chunks(PIECE / 64) {
             match pieces.next() {
                 Some(piece) => {
@@ -259,7 +263,14 @@ mod tests {
                                 None => beyond = true,
                             }
                         }
-                        prop_assert_eq!(blocks.mark_bits(&words, number), (fresh, beyond));
+                        let mut chunked = blocks.clone();
+                        let marked = words.chunks(MARK_WORDS).enumerate().fold((0, false), |(n, past), (chunk, words)| {
+                            let (more, also) = chunked.mark_bits(chunk, words, number);
+                            (n + more, past || also)
+                        });
+                        prop_assert_eq!(marked, (fresh, beyond));
+                        prop_assert_eq!(blocks.mark_bits(0, &words, number), (fresh, beyond));
+                        prop_assert!(blocks == chunked);
                     }
                     Op::Range(..) => {}
                     Op::Copy => copies.push((blocks.clone(), model.clone())),
@@ -300,7 +311,7 @@ mod tests {
         let copy = blocks.clone();
         assert_eq!(blocks.mark(PIECE + 5, PIECE + 5, 1), 0);
         assert_eq!(
-            blocks.mark_bits(&with_bits((PIECE + 5) / 64, &[1 << 5]), 1),
+            blocks.mark_bits(0, &with_bits((PIECE + 5) / 64, &[1 << 5]), 1),
             (0, false)
         );
         assert_eq!(shared(&blocks, &copy), [true; 5]);

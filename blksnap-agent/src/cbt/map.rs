@@ -230,7 +230,13 @@ impl CbtMap {
     /// Marks a write to every block whose bit is set: bit `b` of word `w` is block 64 `w` + `b`. Bits past the end
     /// corrupt the map.
     pub fn mark_bits(&mut self, words: &[u64]) {
-        let (dirty, beyond) = self.blocks.mark_bits(words, self.active);
+        self.mark_bits_at(0, words);
+    }
+
+    /// As [`CbtMap::mark_bits`], where the first word is word `MARK_WORDS` * `chunk` of all: for who has the words
+    /// in pieces.
+    pub(crate) fn mark_bits_at(&mut self, chunk: usize, words: &[u64]) {
+        let (dirty, beyond) = self.blocks.mark_bits(chunk, words, self.active);
         self.dirty += dirty;
         if beyond {
             self.corrupt(ResetReason::OutOfRange);

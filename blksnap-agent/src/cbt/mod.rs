@@ -36,6 +36,7 @@ mod stream;
 
 pub use answer::{ChangedAnswer, ChangedReport, FullAnswer};
 pub use blocks::Blocks;
+pub(crate) use blocks::MARK_WORDS;
 pub use extents::ChangedExtents;
 pub use heat::{Age, Bucket, Heat, MAX_BUCKETS};
 pub use map::{CbtInfo, CbtMap, MapError, Taken};

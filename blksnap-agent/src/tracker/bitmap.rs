@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use aya::maps::{ArrayOfMaps, Map, MapData, MapError};
+use blksnap_common::blockrange::{BlockRange, word_mask};
 
 use crate::cbt::CbtMap;
 use crate::sys::mman::SharedWords;
@@ -95,16 +96,21 @@ impl Bitmap {
         self.pin.as_deref()
     }
 
-    /// Sets the bits that are set in `words`.
-    pub(super) fn add(&self, words: &[u64]) {
-        for (mine, theirs) in self
-            .shared
-            .words()
-            .iter()
-            .zip(words)
-            .filter(|(_, theirs)| **theirs != 0)
-        {
+    /// Sets the bits that are set in `words`, the first of which is word `first`.
+    pub(super) fn add(&self, first: usize, words: &[u64]) {
+        let mine = self.shared.words().get(first..).unwrap_or_default();
+        for (mine, theirs) in mine.iter().zip(words).filter(|(_, theirs)| **theirs != 0) {
             mine.fetch_or(*theirs, Ordering::AcqRel);
+        }
+    }
+
+    /// Sets the bits of the blocks `first..=last`.
+    pub(super) fn add_blocks(&self, first: u64, last: u64) {
+        let range = BlockRange { first, last };
+        let mine = self.shared.words().iter().zip(0_u64..);
+        let skipped = usize::try_from(first / 64).unwrap_or(usize::MAX);
+        for (mine, index) in mine.skip(skipped).take_while(|(_, index)| *index <= last / 64) {
+            mine.fetch_or(word_mask(range, index), Ordering::AcqRel);
         }
     }
 }
@@ -117,12 +123,16 @@ impl Marked for Bitmap {
             .all(|word| word.load(Ordering::Acquire) == 0)
     }
 
-    fn bits(&self) -> Vec<u64> {
-        self.shared
-            .words()
-            .iter()
-            .map(|word| word.load(Ordering::Acquire))
-            .collect()
+    fn words(&self) -> usize {
+        self.shared.words().len()
+    }
+
+    fn read(&self, first: usize, window: &mut [u64]) -> usize {
+        let mine = self.shared.words().get(first..).unwrap_or_default();
+        mine.iter()
+            .zip(&mut *window)
+            .map(|(word, copy)| *copy = word.load(Ordering::Acquire))
+            .count()
     }
 }
 
@@ -224,7 +234,7 @@ impl DirtyBlocks {
 
     /// Adds the blocks `first..=last`.
     pub fn insert(&mut self, first: u64, last: u64) {
-        let range = blksnap_common::blockrange::BlockRange { first, last };
+        let range = BlockRange { first, last };
         let last_word = usize::try_from(last / 64).expect("block numbers fit the address space");
         if self.words.len() <= last_word {
             self.words.resize(last_word + 1, 0);
@@ -236,7 +246,7 @@ impl DirtyBlocks {
             .skip((first / 64) as usize)
             .take_while(|(i, _)| *i <= last_word)
         {
-            *word |= blksnap_common::blockrange::word_mask(range, index as u64);
+            *word |= word_mask(range, index as u64);
         }
     }
 

@@ -25,8 +25,8 @@ pub use keeping::Lost;
 
 use super::bitmap::{Bitmap, BitmapTable, DirtyBlocks};
 use super::keep::Keep;
-use super::periods::{Marked as _, Periods, RingFull};
-use super::watch::Watched;
+use super::periods::{Closed, Handed, Periods, RingFull};
+use super::watch::{Collected, Watched};
 use super::{Shared, TrackerError, pins, probe};
 use crate::cbt::{CbtMap, MapError, ResetReason};
 use crate::disk::presence::{Presence, SYSFS};
@@ -108,9 +108,17 @@ impl State {
     /// Marks blocks in the open period, and keeps them for the next agent.
     fn mark(&mut self, dirty: &DirtyBlocks) {
         if let Some(keep) = &self.keep {
-            keep.add(dirty.words());
+            keep.add(0, dirty.words());
         }
         dirty.mark(&mut self.periods.map);
+    }
+
+    /// Marks the blocks `first..=last`, and keeps them.
+    fn mark_blocks(&mut self, first: u64, last: u64) {
+        if let Some(keep) = &self.keep {
+            keep.add_blocks(first, last);
+        }
+        self.periods.map.mark_blocks(first, last);
     }
 }
 
@@ -253,11 +261,16 @@ impl TrackedDevice {
     /// # Errors
     /// The device was detached, or the kernel has no memory for a new bitmap. The period stays open then.
     pub fn close_period(&self) -> Result<DirtyBlocks, TrackerError> {
-        let mut state = self.state();
-        self.close(&mut state)
+        Ok(self.close()?.blocks())
     }
 
-    fn close(&self, state: &mut State) -> Result<DirtyBlocks, TrackerError> {
+    /// Closes the period, and gives its bitmap.
+    fn close(&self) -> Result<Arc<Closed>, TrackerError> {
+        let handed = self.close_locked(&mut self.state())?;
+        Ok(handed.settle())
+    }
+
+    fn close_locked(&self, state: &mut State) -> Result<Handed, TrackerError> {
         if self.detached.load(Ordering::Acquire) {
             return Err(TrackerError::NotAttached(self.device.id));
         }
@@ -271,11 +284,8 @@ impl TrackedDevice {
             state.corrupt(&self.device, ResetReason::Corrupted);
         }
         self.shared.set_period(self.slot.id, state.periods.number());
-        let mut dirty = DirtyBlocks::new(closed.bits());
         let seen = self.shared.slot_state(self.slot.id);
-        if seen.whole_device != state.seen.whole_device {
-            dirty = DirtyBlocks::all(blocks);
-        }
+        let all = seen.whole_device != state.seen.whole_device;
         if seen.passthrough != state.seen.passthrough {
             state.corrupt(&self.device, ResetReason::PassthroughWrite);
         }
@@ -288,16 +298,21 @@ impl TrackedDevice {
             errors: state.seen.errors,
             ..seen
         };
-        if let Some(keep) = &state.keep {
-            keep.add(dirty.words());
+        if let (Some(keep), true) = (&state.keep, all) {
+            keep.add_blocks(0, blocks - 1);
         }
-        state.periods.hand_on(&dirty);
+        let State { periods, keep, .. } = &mut *state;
+        let handed = periods.hand_on(Arc::clone(&closed), all, |first, words| {
+            if let Some(keep) = keep {
+                keep.add(first, words);
+            }
+        });
         state.tell(&self.device);
         if let Some(pin) = closed.pin() {
             // Its blocks are kept: one that stays is only marked again.
             pins::remove_tree(pin)?;
         }
-        Ok(dirty)
+        Ok(handed)
     }
 
     /// Whether nothing was marked since the last close, by any program that has ended or will end: it looks at the
@@ -376,13 +391,11 @@ impl TrackedDevice {
         let disk = self.device.disk_id.kernel_dev();
         let mut object = self.shared.object();
         object.set_ledger(disk, self.slot.id, false)?;
-        let mut dirty = DirtyBlocks::default();
         for (sector, sectors) in object.in_flight(disk)? {
             if let Some(BlockRange { first, last }) = blocks_of(&self.slot, sector, sectors) {
-                dirty.insert(first, last);
+                state.mark_blocks(first, last);
             }
         }
-        state.mark(&dirty);
         object.drop_ledger_if_unused()
     }
 
@@ -444,10 +457,13 @@ impl TrackedDevice {
 
     /// Brings the change map up to what was queued until now. The period stays open.
     pub fn refresh(&self) {
-        let mut state = self.state();
-        if !self.detached.load(Ordering::Acquire) {
-            state.periods.refresh();
-        }
+        let period = self.state().periods.number();
+        let windows = (0..).take_while(|window| {
+            let mut state = self.state();
+            !self.detached.load(Ordering::Acquire) && state.periods.refresh_window(period, *window)
+        });
+        // Others get the lock between two windows.
+        windows.for_each(drop);
     }
 
     /// A record from the ring.
@@ -462,8 +478,7 @@ impl TrackedDevice {
     pub(super) fn catch_up(&self) {
         let ring_full = self.shared.slot_state(self.slot.id).ring_full;
         if self.ring_full.is_news(ring_full) {
-            let mut state = self.state();
-            state.periods.refresh();
+            self.refresh();
         }
     }
 
@@ -520,12 +535,12 @@ impl Watched for TrackedDevice {
         Self::stop_ledger(self)
     }
 
-    fn add_watcher(&self, watcher: Weak<Mutex<DirtyBlocks>>) {
+    fn add_watcher(&self, watcher: Weak<Collected>) {
         self.state().periods.add_watcher(watcher);
     }
 
-    fn close_period(&self) -> Result<DirtyBlocks, TrackerError> {
-        Self::close_period(self)
+    fn close(&self) -> Result<(), TrackerError> {
+        Self::close(self).map(drop)
     }
 
     fn is_clean(&self) -> bool {

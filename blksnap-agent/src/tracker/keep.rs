@@ -128,9 +128,14 @@ impl Keep {
         Ok(Bitmap::new(self.slot, self.blocks)?.pinned(path)?)
     }
 
-    /// Keeps blocks that are marked outside the open bitmap.
-    pub(super) fn add(&self, words: &[u64]) {
-        self.pending.add(words);
+    /// Keeps blocks that are marked outside the open bitmap, as words of bits from word `first` on.
+    pub(super) fn add(&self, first: usize, words: &[u64]) {
+        self.pending.add(first, words);
+    }
+
+    /// Keeps the blocks `first..=last`.
+    pub(super) fn add_blocks(&self, first: u64, last: u64) {
+        self.pending.add_blocks(first, last);
     }
 
     /// From here on, blocks go where a document that is made now need not have them.

@@ -6,11 +6,47 @@
 
 use std::sync::{Arc, Weak};
 
+use super::periods::Closed;
 use super::{DirtyBlocks, TrackedDevice, TrackerError};
-use crate::sync::{Mutex, PoisonError};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 
-/// What a watch has collected.
-pub(super) type Collected = Mutex<DirtyBlocks>;
+/// What a watch has collected. Whoever looks at it has `blocks`, so that nobody sees a period on its way from the one
+/// to the other; who hands a period on, behind the lock of the device, needs `closed` only, for a moment.
+#[derive(Debug, Default)]
+pub struct Collected {
+    blocks: Mutex<DirtyBlocks>,
+    /// Periods of which `blocks` lacks the blocks.
+    closed: Mutex<Vec<Arc<Closed>>>,
+}
+
+impl Collected {
+    fn push(&self, closed: Arc<Closed>) {
+        self.waiting().push(closed);
+    }
+
+    /// Adds the blocks of closed periods, whose bitmaps are of no use then, and gives all.
+    pub(super) fn settle(&self) -> MutexGuard<'_, DirtyBlocks> {
+        let mut blocks = self.blocks();
+        let closed = std::mem::take(&mut *self.waiting());
+        for closed in closed {
+            blocks.union(&closed.blocks());
+        }
+        blocks
+    }
+
+    fn is_empty(&self) -> bool {
+        let blocks = self.blocks();
+        blocks.is_empty() && self.waiting().iter().all(|closed| closed.is_clear())
+    }
+
+    fn blocks(&self) -> MutexGuard<'_, DirtyBlocks> {
+        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Vec<Arc<Closed>>> {
+        self.closed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// A device of which a watch can be kept.
 pub trait Watched: Send + Sync {
@@ -25,12 +61,12 @@ pub trait Watched: Send + Sync {
     /// The kernel refuses; the map is corrupted then.
     fn stop_ledger(&self) -> Result<(), TrackerError>;
     /// Hands the blocks of every period closed from now on to `watcher`, too.
-    fn add_watcher(&self, watcher: Weak<Mutex<DirtyBlocks>>);
-    /// Closes the period, and gives its blocks.
+    fn add_watcher(&self, watcher: Weak<Collected>);
+    /// Closes the period; its blocks are for the watches.
     ///
     /// # Errors
     /// The device was detached, or the kernel has no memory for a new bitmap. The period stays open then.
-    fn close_period(&self) -> Result<DirtyBlocks, TrackerError>;
+    fn close(&self) -> Result<(), TrackerError>;
     /// Whether nothing was marked since the last close, by any program that has ended.
     fn is_clean(&self) -> bool;
     /// For messages.
@@ -69,9 +105,9 @@ impl<D: Watched> Watch<D> {
     /// period that was open when it began, blocks written before may be among them.
     ///
     /// # Errors
-    /// As [`Watched::close_period`]; nothing collected is lost then.
+    /// As [`Watched::close`]; nothing collected is lost then.
     pub fn close_period(&self) -> Result<DirtyBlocks, TrackerError> {
-        self.device.close_period()?;
+        self.device.close()?;
         Ok(self.drain())
     }
 
@@ -79,18 +115,13 @@ impl<D: Watched> Watch<D> {
     #[must_use]
     pub fn is_clean(&self) -> bool {
         // The open period first: one that somebody closes between the two is then seen in what was collected.
-        self.device.is_clean()
-            && self
-                .collected
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .is_empty()
+        self.device.is_clean() && self.collected.is_empty()
     }
 
     /// What others have closed since the last call of this or of [`Watch::close_period`].
     #[must_use]
     pub fn drain(&self) -> DirtyBlocks {
-        std::mem::take(&mut *self.collected.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.collected.settle())
     }
 }
 
@@ -113,17 +144,14 @@ impl Watchers {
         self.list.push(watcher);
     }
 
-    /// Hands the blocks of a closed period to every watch, and forgets those that are gone.
-    pub(super) fn tell(&mut self, dirty: &DirtyBlocks) {
-        self.list.retain(|watcher| {
-            let Some(collected) = watcher.upgrade() else {
-                return false;
-            };
-            collected
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .union(dirty);
-            true
-        });
+    /// Gives a closed period to every watch, and forgets those that are gone. They are to be settled when the
+    /// device's lock is free again.
+    pub(super) fn tell(&mut self, closed: &Arc<Closed>) -> Vec<Arc<Collected>> {
+        let told: Vec<_> = self.list.iter().filter_map(Weak::upgrade).collect();
+        for watch in &told {
+            watch.push(Arc::clone(closed));
+        }
+        self.list = told.iter().map(Arc::downgrade).collect();
+        told
     }
 }

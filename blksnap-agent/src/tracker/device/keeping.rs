@@ -119,7 +119,9 @@ impl TrackedDevice {
         let period = shared.slot_state(slot.id).period.max(found.period.unwrap_or(0));
         shared.set_period(slot.id, period);
         for bitmap in &found.blocks {
-            map.mark_bits(&bitmap.bits());
+            let mut words = vec![0; bitmap.words()];
+            bitmap.read(0, &mut words);
+            map.mark_bits(&words);
         }
         // Some set of programs was there when the document was made, and is there now.
         let continuous = document

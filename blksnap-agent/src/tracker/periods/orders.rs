@@ -30,8 +30,13 @@ const BLOCKS: u64 = 8;
 struct Memory(Arc<AtomicU64>);
 
 impl Marked for Memory {
-    fn bits(&self) -> Vec<u64> {
-        vec![self.0.load(Ordering::SeqCst)]
+    fn words(&self) -> usize {
+        1
+    }
+
+    fn read(&self, _first: usize, window: &mut [u64]) -> usize {
+        window[0] = self.0.load(Ordering::SeqCst);
+        1
     }
 
     fn is_clear(&self) -> bool {
@@ -101,7 +106,9 @@ impl Device {
             .ring_full
             .is_news(self.kernel.ring_full.load(Ordering::SeqCst))
         {
-            self.state.lock().unwrap().refresh();
+            let period = self.state.lock().unwrap().number();
+            assert!(!self.state.lock().unwrap().refresh_window(period, 1));
+            self.state.lock().unwrap().refresh_window(period, 0);
         }
     }
 
@@ -110,9 +117,9 @@ impl Device {
         let next = Memory::default();
         *self.kernel.open.write().unwrap() = (state.number() + 1, next.clone());
         let closed = state.switched(next);
-        let dirty = DirtyBlocks::new(closed.bits());
-        state.hand_on(&dirty);
-        dirty
+        let handed = state.hand_on(closed, false, |_, _| {});
+        drop(state);
+        handed.settle().blocks()
     }
 
     /// Closes the period and takes the map: its number.
@@ -153,8 +160,9 @@ impl Watched for Device {
         self.state.lock().unwrap().add_watcher(watcher);
     }
 
-    fn close_period(&self) -> Result<DirtyBlocks, TrackerError> {
-        Ok(self.close())
+    fn close(&self) -> Result<(), TrackerError> {
+        drop(Self::close(self));
+        Ok(())
     }
 
     fn is_clean(&self) -> bool {
