@@ -78,6 +78,8 @@ pub struct Hold {
     tables: BTreeMap<SnapshotKey, Table>,
     /// Jobs under way, by chunk: no unit is in two of them.
     busy: HashMap<u64, Vec<(Ticket, UnitSet)>>,
+    /// Units that belong to nobody's image, by chunk.
+    excluded: HashMap<u64, UnitSet>,
     next: u64,
     writing: u64,
 }
@@ -90,6 +92,7 @@ impl Hold {
             layout,
             tables: BTreeMap::new(),
             busy: HashMap::new(),
+            excluded: HashMap::new(),
             next: 0,
             writing: 0,
         }
@@ -106,14 +109,34 @@ impl Hold {
     /// # Errors
     /// Writes are under way, or it is armed.
     pub fn arm(&mut self, snapshot: SnapshotKey) -> Result<(), HoldError> {
+        self.resume(snapshot, Table::new(self.layout))
+    }
+
+    /// Goes on with a snapshot that was armed by somebody who is gone: `table` has all that was preserved since.
+    ///
+    /// # Errors
+    /// As [`Hold::arm`].
+    pub fn resume(&mut self, snapshot: SnapshotKey, table: Table) -> Result<(), HoldError> {
         if self.writing > 0 {
             return Err(HoldError::Writing);
         }
         if self.tables.contains_key(&snapshot) {
             return Err(HoldError::Armed);
         }
-        self.tables.insert(snapshot, Table::new(self.layout));
+        self.tables.insert(snapshot, table);
         Ok(())
+    }
+
+    /// Takes a range out of all images: its bytes need no preserving, and an image may show anything there. For
+    /// difference storage that is on the origin itself. Units that are in the range in part only are still preserved.
+    pub fn exclude(&mut self, offset: u64, length: u64) {
+        for part in self.layout.split(offset, length) {
+            let whole = self.layout.covered(&part);
+            if !whole.is_empty() {
+                let units = self.excluded.entry(part.chunk).or_default();
+                *units = units.union(whole);
+            }
+        }
     }
 
     /// Ends a snapshot. Jobs under way for it settle in vain.
@@ -122,6 +145,12 @@ impl Hold {
     /// It is not armed.
     pub fn release(&mut self, snapshot: SnapshotKey) -> Result<Table, HoldError> {
         self.tables.remove(&snapshot).ok_or(HoldError::Unknown)
+    }
+
+    /// Jobs under way.
+    #[must_use]
+    pub fn jobs(&self) -> usize {
+        self.busy.values().map(Vec::len).sum()
     }
 
     /// Whether no snapshot holds the origin: writes need not ask then.
@@ -160,9 +189,27 @@ impl Hold {
         }
     }
 
+    /// As [`Hold::begin`] for a write that needs nothing preserved: it goes, and the answer is true. Otherwise nothing
+    /// was begun.
+    pub fn begin_if_clear(&mut self, range: &ChunkRange) -> bool {
+        let touched = self.subject(range);
+        let clear = self
+            .tables
+            .values()
+            .all(|table| table.missing(range.chunk, touched).is_empty());
+        self.writing += u64::from(clear);
+        clear
+    }
+
+    /// The units of a write that may have to be preserved.
+    fn subject(&self, range: &ChunkRange) -> UnitSet {
+        let excluded = self.excluded.get(&range.chunk).copied().unwrap_or_default();
+        self.layout.touched(range).without(excluded)
+    }
+
     /// A write to `range`, which is within one chunk, wants to go on.
     pub fn begin(&mut self, range: &ChunkRange) -> Decision {
-        let touched = self.layout.touched(range);
+        let touched = self.subject(range);
         let needs: Vec<Need> = self
             .tables
             .iter()

@@ -141,6 +141,14 @@ impl Table {
         }
     }
 
+    /// Those of `units` that are in the chunk's slot.
+    #[must_use]
+    pub fn in_slot(&self, chunk: u64, units: UnitSet) -> UnitSet {
+        self.chunks
+            .get(&chunk)
+            .map_or(UnitSet::EMPTY, |entry| entry.stored.and(units))
+    }
+
     /// Units of the chunk are in a buffer, at their offsets in the chunk.
     pub fn stage(&mut self, chunk: u64, units: UnitSet, buffer: BufferId) {
         let fresh = self.missing(chunk, units);

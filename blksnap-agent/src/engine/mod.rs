@@ -4,6 +4,7 @@
 //! flight with io_uring, or with a few threads where that is not permitted. Runs of zeroes never travel as data.
 
 mod cancel;
+pub mod cow;
 mod copier;
 mod progress;
 mod sink;

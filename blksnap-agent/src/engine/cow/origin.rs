@@ -1,0 +1,327 @@
+//! Origin: a disk under copy on write.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::image::Image;
+use super::store::{Promise, Store};
+use crate::cow::{ChunkLayout, Hold, HoldError, Overflow, Slot, SnapshotKey, Table, UnitSet};
+use crate::disk::Disk;
+
+/// Buckets of [`Times`]: below 1 µs, 2 µs, 4 µs, up to 2^30 µs.
+const BUCKETS: usize = 31;
+
+/// A snapshot can't be armed.
+#[derive(Debug, thiserror::Error)]
+pub enum ArmError {
+    /// The core refuses it.
+    #[error(transparent)]
+    Hold(#[from] HoldError),
+    /// No thread can be started.
+    #[error("can't start the thread that stores old data: {0}")]
+    Thread(std::io::Error),
+}
+
+/// How long writes were held.
+#[derive(Debug, Default)]
+pub struct Times {
+    count: AtomicU64,
+    nanoseconds: AtomicU64,
+    longest: AtomicU64,
+    buckets: [AtomicU64; BUCKETS],
+}
+
+impl Times {
+    pub(super) fn add(&self, time: Duration) {
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.count.fetch_add(1, Ordering::Relaxed);
+        self.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
+        self.longest.fetch_max(nanoseconds, Ordering::Relaxed);
+        let micros = nanoseconds.div_ceil(1000).max(1);
+        let bucket = (micros.next_power_of_two().trailing_zeros() as usize).min(BUCKETS - 1);
+        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Held writes.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Time of all of them.
+    #[must_use]
+    pub fn sum(&self) -> Duration {
+        Duration::from_nanos(self.nanoseconds.load(Ordering::Relaxed))
+    }
+
+    /// The longest of them.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        Duration::from_nanos(self.longest.load(Ordering::Relaxed))
+    }
+
+    /// Upper bounds and how many were not longer, ascending.
+    pub fn cumulative(&self) -> impl Iterator<Item = (Duration, u64)> + '_ {
+        let mut sum = 0;
+        self.buckets.iter().enumerate().map(move |(n, bucket)| {
+            sum += bucket.load(Ordering::Relaxed);
+            (Duration::from_micros(1 << n), sum)
+        })
+    }
+}
+
+/// What an origin has counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Writes that had to wait.
+    pub held_writes: u64,
+    /// Bytes of old data that were preserved for the snapshots held now.
+    pub preserved_bytes: u64,
+    /// Pieces of preserving under way.
+    pub jobs: u64,
+    /// Buffers in memory that wait to be stored.
+    pub queued: u64,
+    /// Snapshots held.
+    pub snapshots: u64,
+}
+
+pub(super) struct State {
+    pub(super) hold: Hold,
+    pub(super) stores: BTreeMap<SnapshotKey, Armed>,
+}
+
+/// A snapshot that is held.
+pub(super) struct Armed {
+    pub(super) store: Arc<Store>,
+    worker: Option<JoinHandle<()>>,
+}
+
+/// A disk whose old data is kept for any number of snapshots.
+pub struct Origin {
+    disk: Arc<dyn Disk>,
+    layout: ChunkLayout,
+    /// Writes have it for reading; who changes what is held, for writing.
+    pub(super) gate: RwLock<()>,
+    armed: AtomicUsize,
+    state: Mutex<State>,
+    /// A job was settled, or a snapshot is gone.
+    pub(super) settled: Condvar,
+    pub(super) times: Times,
+}
+
+impl std::fmt::Debug for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Origin")
+            .field("disk", &self.disk)
+            .field("layout", &self.layout)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Origin {
+    /// The disk, with no snapshot.
+    #[must_use]
+    pub fn new(disk: Arc<dyn Disk>, layout: ChunkLayout) -> Self {
+        Self {
+            disk,
+            layout,
+            gate: RwLock::default(),
+            armed: AtomicUsize::new(0),
+            state: Mutex::new(State {
+                hold: Hold::new(layout),
+                stores: BTreeMap::new(),
+            }),
+            settled: Condvar::new(),
+            times: Times::default(),
+        }
+    }
+
+    /// The disk.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
+    /// Chunks and units.
+    #[must_use]
+    pub const fn layout(&self) -> &ChunkLayout {
+        &self.layout
+    }
+
+    /// How long writes were held.
+    #[must_use]
+    pub const fn times(&self) -> &Times {
+        &self.times
+    }
+
+    /// What was counted.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let state = self.lock();
+        let stores = || state.stores.values().map(|armed| &armed.store);
+        Counters {
+            held_writes: self.times.count(),
+            preserved_bytes: stores().map(|store| store.preserved()).sum(),
+            jobs: state.hold.jobs() as u64,
+            queued: stores().map(|store| store.queued() as u64).sum(),
+            snapshots: state.stores.len() as u64,
+        }
+    }
+
+    /// Takes a range out of all images, because it is difference storage itself; see [`Hold::exclude`].
+    pub fn exclude(&self, offset: u64, length: u64) {
+        self.lock().hold.exclude(offset, length);
+    }
+
+    /// Keeps new writes back and waits for those under way. Several origins that are paused at once have one instant;
+    /// whoever pauses several does it in one order everywhere.
+    pub fn pause(self: &Arc<Self>) -> Paused<'_> {
+        Paused {
+            _gate: self.gate.write().unwrap_or_else(PoisonError::into_inner),
+            origin: self,
+        }
+    }
+
+    /// Breaks a snapshot; its images fail from now on, and writes wait for it no longer.
+    pub fn break_off(&self, snapshot: SnapshotKey, errno: i32, what: &str) {
+        let store = self
+            .lock()
+            .stores
+            .get(&snapshot)
+            .map(|armed| Arc::clone(&armed.store));
+        let Some(store) = store else { return };
+        store.fail(errno, what);
+        self.lock().hold.fail(snapshot, errno);
+        self.settled.notify_all();
+    }
+
+    /// Ends a snapshot. Its images fail from now on.
+    pub fn release(&self, snapshot: SnapshotKey) {
+        let mut state = self.lock();
+        let Some(armed) = state.stores.remove(&snapshot) else {
+            return;
+        };
+        // It is in both or in none.
+        let _ = state.hold.release(snapshot);
+        self.armed.store(state.stores.len(), Ordering::Release);
+        drop(state);
+        self.settled.notify_all();
+        armed.store.staging.close();
+        if let Some(worker) = armed.worker
+            && worker.join().is_err()
+        {
+            tracing::error!("the thread that stores old data ended by a defect");
+        }
+    }
+
+    /// Waits until nothing is left in the snapshot's queue.
+    pub fn drain(&self, snapshot: SnapshotKey) {
+        let mut state = self.lock();
+        while state
+            .stores
+            .get(&snapshot)
+            .is_some_and(|armed| armed.store.queued() > 0 && state.hold.table(snapshot).is_ok())
+        {
+            let waited = self.settled.wait_timeout(state, Duration::from_millis(10));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    pub(super) fn is_armed(&self) -> bool {
+        // Only changed while the gate is held for writing, or to fewer.
+        self.armed.load(Ordering::Acquire) > 0
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The place of a chunk, with room for `units` that are not in it yet; `None` if the snapshot is gone or broken.
+    pub(super) fn place(
+        &self,
+        store: &Store,
+        chunk: u64,
+        units: UnitSet,
+    ) -> Result<Option<Slot>, Overflow> {
+        let bytes = self.layout.bytes_of(chunk, units);
+        let mut state = self.lock();
+        let Ok(table) = state.hold.table_mut(store.key) else {
+            return Ok(None);
+        };
+        if let Some(slot) = table.slot(chunk) {
+            store.storage.extend(slot, bytes)?;
+            return Ok(Some(slot));
+        }
+        let slot = store.storage.slot(self.layout.chunk_bytes(), bytes)?;
+        table.place(chunk, slot);
+        Ok(Some(slot))
+    }
+
+    fn hold(self: &Arc<Self>, store: Arc<Store>, table: Option<Table>) -> Result<Image, ArmError> {
+        let worker = match store.promise {
+            Promise::Nothing => Some(self.start_worker(&store).map_err(ArmError::Thread)?),
+            Promise::AgentCrash | Promise::PowerCut => None,
+        };
+        let mut state = self.lock();
+        let held = match table {
+            Some(table) => state.hold.resume(store.key, table),
+            None => state.hold.arm(store.key),
+        };
+        if let Err(error) = held {
+            drop(state);
+            store.staging.close();
+            return Err(error.into());
+        }
+        let armed = Armed {
+            store: Arc::clone(&store),
+            worker,
+        };
+        state.stores.insert(store.key, armed);
+        self.armed.store(state.stores.len(), Ordering::Release);
+        drop(state);
+        Ok(Image::new(Arc::clone(self), store))
+    }
+
+    fn start_worker(self: &Arc<Self>, store: &Arc<Store>) -> std::io::Result<JoinHandle<()>> {
+        let origin: Weak<Self> = Arc::downgrade(self);
+        let store = Arc::clone(store);
+        std::thread::Builder::new()
+            .name("blksnap-store".to_owned())
+            .spawn(move || {
+                while let Some((id, staged)) = store.staging.next() {
+                    let Some(origin) = origin.upgrade() else {
+                        return;
+                    };
+                    origin.store_staged(&store, id, &staged);
+                }
+            })
+    }
+}
+
+/// An origin whose writes are kept back until this is dropped.
+#[derive(Debug)]
+pub struct Paused<'a> {
+    origin: &'a Arc<Origin>,
+    _gate: RwLockWriteGuard<'a, ()>,
+}
+
+impl Paused<'_> {
+    /// Begins a snapshot at this instant.
+    ///
+    /// # Errors
+    /// It is armed already, or no thread can be started.
+    pub fn arm(&self, store: Arc<Store>) -> Result<Image, ArmError> {
+        self.origin.hold(store, None)
+    }
+
+    /// Goes on with a snapshot that an agent before has taken; `table` is what it has preserved.
+    ///
+    /// # Errors
+    /// As [`Paused::arm`].
+    pub fn resume(&self, store: Arc<Store>, table: Table) -> Result<Image, ArmError> {
+        self.origin.hold(store, Some(table))
+    }
+}
