@@ -1,5 +1,7 @@
 //! Filter: how the old data of a device survives while a snapshot is held.
 //!
-//! [`converge`] needs to hold no write: it copies while tracking until copy and device are equal.
+//! - [`converge`] needs to hold no write: it copies while tracking until copy and device are equal.
+//! - [`served`] holds the writes of disks that the agent serves itself.
 
 pub mod converge;
+pub mod served;

@@ -1,0 +1,1 @@
+//! Tests of change maps that outlive the agent.

@@ -1,0 +1,197 @@
+//! Continuity: whether what was known of a served disk still holds when an agent comes to it again.
+
+use std::fs::Metadata;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use serde::{Deserialize, Serialize};
+
+/// A served disk as `stat` and the kernel's counters tell of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Facts {
+    /// Number of the device that the file is on, or of the device itself.
+    pub device: u64,
+    /// Number of the file; 0 for a device.
+    pub inode: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Last change of the content in nanoseconds of the wall clock; 0 for a device.
+    pub modified: u64,
+    /// Last change of anything.
+    pub changed: u64,
+    /// Whether it is a block device.
+    pub block_device: bool,
+}
+
+impl Facts {
+    /// The facts of a file of `size` bytes.
+    #[must_use]
+    pub fn of(metadata: &Metadata, size: u64) -> Self {
+        let time = |seconds: i64, nanoseconds: i64| {
+            u64::try_from(seconds)
+                .unwrap_or_default()
+                .saturating_mul(1_000_000_000)
+                .saturating_add(u64::try_from(nanoseconds).unwrap_or_default())
+        };
+        let block_device = metadata.file_type().is_block_device();
+        Self {
+            device: if block_device {
+                metadata.rdev()
+            } else {
+                metadata.dev()
+            },
+            inode: if block_device { 0 } else { metadata.ino() },
+            size,
+            modified: if block_device {
+                0
+            } else {
+                time(metadata.mtime(), metadata.mtime_nsec())
+            },
+            changed: if block_device {
+                0
+            } else {
+                time(metadata.ctime(), metadata.ctime_nsec())
+            },
+            block_device,
+        }
+    }
+}
+
+/// What an agent leaves behind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Left {
+    /// The boot in which it ran.
+    pub boot: String,
+    /// The disk when it was opened.
+    pub opened: Facts,
+    /// The disk after everything was flushed at a clean stop; none while an agent runs, or after it was killed.
+    pub stopped: Option<Facts>,
+}
+
+/// Why nothing can be said of what happened to the disk.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unproven {
+    /// It is another one.
+    #[error("another disk is there now")]
+    Other,
+    /// Its size is another one.
+    #[error("its size is {now} bytes, not {before}")]
+    Size {
+        /// Before.
+        before: u64,
+        /// Now.
+        now: u64,
+    },
+    /// It was written by somebody else.
+    #[error("it was written while no agent served it")]
+    Written,
+    /// A device does not say when it was written.
+    #[error("it is a block device, which does not say whether it was written while no agent served it")]
+    BlockDevice,
+    /// The system went down while it was served.
+    #[error("the system went down while it was served")]
+    Boot,
+    /// The agent before left no lease that can be read.
+    #[error("nothing says when the agent before wrote last")]
+    NoLease,
+}
+
+/// Whether nobody but the agent has written to the disk since it was opened. `lease` is the end of its lease, `boot` the
+/// boot of now.
+///
+/// # Errors
+/// That is not proven.
+pub fn prove(left: &Left, now: &Facts, lease: Option<u64>, boot: &str) -> Result<(), Unproven> {
+    let before = &left.opened;
+    if (before.device, before.inode, before.block_device) != (now.device, now.inode, now.block_device) {
+        return Err(Unproven::Other);
+    }
+    if before.size != now.size {
+        return Err(Unproven::Size {
+            before: before.size,
+            now: now.size,
+        });
+    }
+    if now.block_device {
+        return Err(Unproven::BlockDevice);
+    }
+    match &left.stopped {
+        Some(stopped) if stopped == now => Ok(()),
+        Some(_) => Err(Unproven::Written),
+        // Killed: what it wrote, and its notes of it, are in the page cache of the same boot.
+        None if left.boot != boot || boot.is_empty() => Err(Unproven::Boot),
+        None => match lease {
+            None => Err(Unproven::NoLease),
+            Some(until) if now.modified <= until => Ok(()),
+            Some(_) => Err(Unproven::Written),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> Facts {
+        Facts {
+            device: 1,
+            inode: 2,
+            size: 4096,
+            modified: 1000,
+            changed: 1000,
+            block_device: false,
+        }
+    }
+
+    #[test]
+    fn only_what_is_proven_goes_on() {
+        let killed = Left {
+            boot: "a".to_owned(),
+            opened: facts(),
+            stopped: None,
+        };
+        let now = |change: fn(&mut Facts)| {
+            let mut facts = facts();
+            change(&mut facts);
+            facts
+        };
+        let same = facts();
+        assert_eq!(prove(&killed, &same, Some(1000), "a"), Ok(()));
+        assert_eq!(
+            prove(&killed, &now(|f| f.modified = 900), Some(1000), "a"),
+            Ok(())
+        );
+        assert_eq!(prove(&killed, &same, Some(999), "a"), Err(Unproven::Written));
+        assert_eq!(prove(&killed, &same, None, "a"), Err(Unproven::NoLease));
+        assert_eq!(prove(&killed, &same, Some(1000), "b"), Err(Unproven::Boot));
+        assert_eq!(
+            prove(&killed, &now(|f| f.inode = 3), Some(1000), "a"),
+            Err(Unproven::Other)
+        );
+        assert_eq!(
+            prove(&killed, &now(|f| f.size = 1), Some(1000), "a"),
+            Err(Unproven::Size {
+                before: 4096,
+                now: 1
+            })
+        );
+        let stopped = Left {
+            stopped: Some(facts()),
+            ..killed
+        };
+        // A clean stop outlives the boot, and needs no lease.
+        assert_eq!(prove(&stopped, &same, None, "b"), Ok(()));
+        for changed in [now(|f| f.modified = 1001), now(|f| f.changed = 1001)] {
+            assert_eq!(prove(&stopped, &changed, Some(5000), "a"), Err(Unproven::Written));
+        }
+        let device = Left {
+            opened: now(|f| f.block_device = true),
+            ..stopped
+        };
+        assert_eq!(
+            prove(&device, &now(|f| f.block_device = true), Some(5000), "a"),
+            Err(Unproven::BlockDevice)
+        );
+    }
+}
