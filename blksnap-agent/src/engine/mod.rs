@@ -4,8 +4,8 @@
 //! flight with io_uring, or with a few threads where that is not permitted. Runs of zeroes never travel as data.
 
 mod cancel;
-pub mod cow;
 mod copier;
+pub mod cow;
 mod progress;
 mod sink;
 mod threads;

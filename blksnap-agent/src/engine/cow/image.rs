@@ -46,6 +46,13 @@ impl ImageError {
         }
     }
 
+    fn of_errno(action: &'static str, offset: u64, errno: i32) -> Self {
+        if errno == Errno::ENOSPC as i32 {
+            return Self::NoSpace;
+        }
+        Self::io(action, offset)(io::Error::from_raw_os_error(errno))
+    }
+
     fn io(action: &'static str, offset: u64) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io {
             action,
@@ -147,7 +154,11 @@ impl Image {
             let part = &mut buffer[at..at + length_of(&piece.range)];
             let failed = ImageError::io("read", piece.range.offset);
             match piece.place {
-                Place::Origin => self.origin.disk().read_at(part, piece.range.offset).map_err(failed)?,
+                Place::Origin => self
+                    .origin
+                    .disk()
+                    .read_at(part, piece.range.offset)
+                    .map_err(failed)?,
                 Place::Storage { region, offset } => {
                     let disk = self.store.storage.disk(region);
                     disk.read_at(part, offset).map_err(failed)?;
@@ -161,6 +172,9 @@ impl Image {
                     // Stored meanwhile; it never goes back to the origin.
                     None => {
                         let now = self.resolve(piece.range.offset, piece.range.length)?;
+                        if now.iter().any(|now| now.place == piece.place) {
+                            return Err(failed(io::ErrorKind::NotFound.into()));
+                        }
                         self.read_pieces(&now, buffer, base)?;
                     }
                 },
@@ -221,7 +235,9 @@ impl Image {
                 Decision::Copy(job) => {
                     let work = Work::new(job, &state);
                     drop(state);
-                    self.origin.preserve(vec![work]);
+                    self.origin
+                        .preserve_for_image(&self.store, work)
+                        .map_err(|unmet| ImageError::of_errno("keep old data", part.offset, unmet.errno))?;
                     state = self.origin.lock();
                 }
                 Decision::Wait(_) | Decision::Go => {

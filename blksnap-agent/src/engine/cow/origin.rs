@@ -240,12 +240,7 @@ impl Origin {
     }
 
     /// The place of a chunk, with room for `units` that are not in it yet; `None` if the snapshot is gone or broken.
-    pub(super) fn place(
-        &self,
-        store: &Store,
-        chunk: u64,
-        units: UnitSet,
-    ) -> Result<Option<Slot>, Overflow> {
+    pub(super) fn place(&self, store: &Store, chunk: u64, units: UnitSet) -> Result<Option<Slot>, Overflow> {
         let bytes = self.layout.bytes_of(chunk, units);
         let mut state = self.lock();
         let Ok(table) = state.hold.table_mut(store.key) else {

@@ -26,7 +26,12 @@ impl Work {
         let stores = job
             .needs
             .iter()
-            .map(|need| state.stores.get(&need.snapshot).map(|armed| Arc::clone(&armed.store)))
+            .map(|need| {
+                state
+                    .stores
+                    .get(&need.snapshot)
+                    .map(|armed| Arc::clone(&armed.store))
+            })
             .collect();
         Self { job, stores }
     }
@@ -34,8 +39,8 @@ impl Work {
 
 /// Why a need could not be met.
 #[derive(Debug)]
-struct Unmet {
-    errno: i32,
+pub(super) struct Unmet {
+    pub(super) errno: i32,
     what: String,
 }
 
@@ -59,7 +64,8 @@ struct Target {
 }
 
 impl Origin {
-    /// Carries out jobs. Each is settled, however this ends.
+    /// Carries out jobs of a write to the origin. Each is settled, however this ends; what can't be kept breaks its
+    /// snapshot.
     pub(super) fn preserve(&self, work: Vec<Work>) {
         // Those behind one that panics are settled, too.
         let guards: Vec<Settle<'_>> = work
@@ -72,6 +78,28 @@ impl Origin {
             .collect();
         for mut guard in guards {
             guard.outcomes = self.keep(&guard.work);
+        }
+    }
+
+    /// Carries out the job of a write to an image. If that fails the write does, and nothing is broken: the old data is
+    /// still in the origin.
+    pub(super) fn preserve_for_image(&self, store: &Store, work: Work) -> Result<(), Unmet> {
+        let mut kept = self.keep(&work);
+        match kept.pop() {
+            Some(Err(unmet)) => {
+                self.lock().hold.settle_image(store.key, &work.job, false);
+                self.settled.notify_all();
+                Err(unmet)
+            }
+            Some(outcome) => {
+                drop(Settle {
+                    origin: self,
+                    work,
+                    outcomes: vec![outcome],
+                });
+                Ok(())
+            }
+            None => Ok(()),
         }
     }
 
@@ -146,7 +174,9 @@ impl Origin {
                 None => {}
             }
         }
-        let mut data = reserved.first().map_or_else(Vec::new, |store| store.staging.buffer(span));
+        let mut data = reserved
+            .first()
+            .map_or_else(Vec::new, |store| store.staging.buffer(span));
         for range in self.layout().ranges(job.chunk, job.units) {
             let at = usize::try_from(range.offset - first.offset).expect("within the span");
             let part = data.get_mut(at..at + length_of(&range))?;
@@ -162,12 +192,19 @@ impl Origin {
             start: first.offset,
             data,
         });
-        let put = |store: &Option<Arc<Store>>| Ok(store.as_ref().map(|store| store.staging.put(Arc::clone(&staged))));
+        let put = |store: &Option<Arc<Store>>| {
+            Ok(store.as_ref().map(|store| store.staging.put(Arc::clone(&staged))))
+        };
         Some(work.stores.iter().map(put).collect())
     }
 
     /// Finds a place for units of a chunk; `None` if the snapshot is gone or broken.
-    fn target(&self, store: Option<&Arc<Store>>, chunk: u64, units: UnitSet) -> Result<Option<Target>, Unmet> {
+    fn target(
+        &self,
+        store: Option<&Arc<Store>>,
+        chunk: u64,
+        units: UnitSet,
+    ) -> Result<Option<Target>, Unmet> {
         let Some(store) = store else {
             return Ok(None);
         };
@@ -293,6 +330,12 @@ impl Drop for Settle<'_> {
             .collect();
         self.origin.lock().hold.settle(&self.work.job, &outcomes);
         self.origin.settled.notify_all();
+        // Not before the table names them: the store's thread would find nothing to do.
+        for (store, outcome) in self.work.stores.iter().zip(&outcomes) {
+            if let (Some(store), Ok(Some(buffer))) = (store, outcome) {
+                store.staging.enqueue(*buffer);
+            }
+        }
     }
 }
 

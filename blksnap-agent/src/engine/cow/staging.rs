@@ -73,9 +73,13 @@ impl Staging {
         let id = BufferId(state.next);
         state.next += 1;
         state.staged.insert(id, staged);
-        state.queue.push_back(id);
-        self.work.notify_one();
         id
+    }
+
+    /// The table names the buffer now: it may be stored.
+    pub(super) fn enqueue(&self, id: BufferId) {
+        self.lock().queue.push_back(id);
+        self.work.notify_one();
     }
 
     /// A buffer that waits, or is just being stored.
@@ -146,11 +150,13 @@ mod tests {
             staging.reserve().then(|| {
                 let mut data = staging.buffer(4096);
                 data[0] = u8::try_from(n).unwrap();
-                staging.put(Arc::new(Staged {
+                let id = staging.put(Arc::new(Staged {
                     chunk: n,
                     start: n << 18,
                     data,
-                }))
+                }));
+                staging.enqueue(id);
+                id
             })
         };
         let first = stage(1).unwrap();
@@ -171,7 +177,11 @@ mod tests {
 
         staging.close();
         assert!(!staging.reserve());
-        assert_eq!(staging.next().unwrap().1.chunk, 2, "what waits is stored before the end");
+        assert_eq!(
+            staging.next().unwrap().1.chunk,
+            2,
+            "what waits is stored before the end"
+        );
         assert!(staging.next().is_none());
     }
 }

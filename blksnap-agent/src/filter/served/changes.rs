@@ -89,8 +89,7 @@ impl Changes {
     /// # Errors
     /// A file is damaged or can't be read. The caller begins anew then.
     pub fn resume(directory: &Path, capacity: Sectors) -> Result<Option<Self>, ChangesError> {
-        let Some((header, sections)) =
-            statefile::read_sections::<SavedHeader>(&directory.join("map"), MAP)?
+        let Some((header, sections)) = statefile::read_sections::<SavedHeader>(&directory.join("map"), MAP)?
         else {
             return Ok(None);
         };
@@ -104,8 +103,7 @@ impl Changes {
         if map.capacity() != capacity {
             return Ok(None);
         }
-        apply(&mut map, directory)?
-            .ok_or_else(|| damaged("its period has no marks".to_owned()))?;
+        apply(&mut map, directory)?.ok_or_else(|| damaged("its period has no marks".to_owned()))?;
         // A take that had begun the next period, and did not come to save the map.
         let next = period_path(directory, map.generation(), map.active().wrapping_add(1));
         if map.active() < u8::MAX && next.exists() {
@@ -186,7 +184,9 @@ impl Changes {
             tracing::error!(%error, "the marks of a new period can't be kept");
             state.map.corrupt(ResetReason::StateDamaged);
         }
-        self.marked.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        self.marked
+            .iter()
+            .for_each(|word| word.store(0, Ordering::Relaxed));
         Ok(taken)
     }
 
@@ -274,11 +274,7 @@ impl State {
         let path = period_path(directory, self.map.generation(), self.map.active());
         let failed = |action| {
             let path = path.clone();
-            move |source| ChangesError::Period {
-                action,
-                path,
-                source,
-            }
+            move |source| ChangesError::Period { action, path, source }
         };
         self.period = None;
         let file = OpenOptions::new()

@@ -171,10 +171,7 @@ mod tests {
         );
         assert_eq!(
             prove(&killed, &now(|f| f.size = 1), Some(1000), "a"),
-            Err(Unproven::Size {
-                before: 4096,
-                now: 1
-            })
+            Err(Unproven::Size { before: 4096, now: 1 })
         );
         let stopped = Left {
             stopped: Some(facts()),

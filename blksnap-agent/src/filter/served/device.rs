@@ -99,11 +99,7 @@ impl Served {
         let path = place.path.clone();
         let failed = |action| {
             let path = path.clone();
-            move |source| ServedError::Io {
-                path,
-                action,
-                source,
-            }
+            move |source| ServedError::Io { path, action, source }
         };
         let capacity = Sectors::from_bytes(size).map_err(|_| ServedError::Size {
             path: path.clone(),
@@ -210,7 +206,9 @@ impl Served {
     /// # Errors
     /// As [`Disk::zero_at`].
     pub fn zero_at(&self, offset: u64, length: u64, zero: Zero, fast: bool, fua: bool) -> io::Result<()> {
-        self.change(offset, length, fua, |disk| disk.zero_at(offset, length, zero, fast))
+        self.change(offset, length, fua, |disk| {
+            disk.zero_at(offset, length, zero, fast)
+        })
     }
 
     /// Hints that a range is not needed any more.
@@ -289,11 +287,7 @@ impl Served {
     pub fn stop(&self) -> Result<(), ServedError> {
         let failed = |action| {
             let path = self.place.path.clone();
-            move |source| ServedError::Io {
-                path,
-                action,
-                source,
-            }
+            move |source| ServedError::Io { path, action, source }
         };
         let Some(state) = &self.place.state else {
             return self.flush().map_err(failed("flush it"));
@@ -390,4 +384,3 @@ impl ServedImage {
         self.image.zero_at(offset, length, zero)
     }
 }
-

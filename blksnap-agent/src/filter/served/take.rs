@@ -54,7 +54,10 @@ pub fn take(members: &[Member]) -> Result<Vec<TakenMember>, TakeError> {
     // One order everywhere: two takes of the same devices wait for each other, not both forever.
     let mut order: Vec<&Member> = members.iter().collect();
     order.sort_by_key(|member| Arc::as_ptr(member.served.origin()).addr());
-    let paused: Vec<_> = order.iter().map(|member| member.served.origin().pause()).collect();
+    let paused: Vec<_> = order
+        .iter()
+        .map(|member| member.served.origin().pause())
+        .collect();
     let mut taken = Vec::with_capacity(members.len());
     let mut failure = None;
     for (member, paused) in order.iter().zip(&paused) {
@@ -90,10 +93,7 @@ pub fn take(members: &[Member]) -> Result<Vec<TakenMember>, TakeError> {
     if let Some(error) = failure {
         drop(paused);
         for done in &taken {
-            done.image
-                .served()
-                .origin()
-                .release(done.image.image().key());
+            done.image.served().origin().release(done.image.image().key());
         }
         return Err(error);
     }
