@@ -10,6 +10,7 @@ use super::journal::{Entry, Journal};
 use super::staging::Staging;
 use crate::cow::{Overflow, RegionId, Slot, SnapshotKey, UnitSet};
 use crate::disk::Disk;
+use crate::storage::Pool;
 
 /// Difference storage as the engine uses it: all devices of a snapshot share one.
 pub trait DiffStorage: fmt::Debug + Send + Sync {
@@ -33,6 +34,24 @@ pub trait DiffStorage: fmt::Debug + Send + Sync {
     /// # Errors
     /// It is not.
     fn flush(&self) -> io::Result<()>;
+}
+
+impl DiffStorage for Pool {
+    fn slot(&self, chunk: u64, first: u64) -> Result<Slot, Overflow> {
+        self.slot(chunk, first)
+    }
+
+    fn extend(&self, slot: Slot, bytes: u64) -> Result<(), Overflow> {
+        self.extend(slot, bytes)
+    }
+
+    fn disk(&self, region: RegionId) -> Arc<dyn Disk> {
+        self.disk(region)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.flush()
+    }
 }
 
 /// What a snapshot survives.

@@ -25,9 +25,10 @@ impl Plain {
     fn new(disks: &[(Arc<dyn Disk>, bool)]) -> Arc<Self> {
         let (mut space, _) = Space::new(0);
         for (disk, sparse) in disks {
-            space.append(Region {
-                bytes: disk.size(),
-                sparse: *sparse,
+            space.append(if *sparse {
+                Region::sparse(disk.size(), disk.size())
+            } else {
+                Region::dense(0, disk.size())
             });
         }
         Arc::new(Self {
