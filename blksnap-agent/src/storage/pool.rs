@@ -288,8 +288,7 @@ impl Pool {
     /// The pool never gave out a slot in this region.
     #[must_use]
     pub fn disk(&self, region: RegionId) -> Arc<dyn Disk> {
-        let disk = Arc::clone(&self.lock().regions[region.index()].store);
-        disk
+        (Arc::clone(&self.lock().regions[region.index()].store)) as _
     }
 
     /// What is used, and what can be.
