@@ -87,6 +87,35 @@ fn thousands_of_connections() -> Result<()> {
     })
 }
 
+/// Many clients have all the descriptors that there are: those who are in are served, what needs one more included.
+#[test]
+fn clients_that_use_up_all_descriptors() -> Result<()> {
+    const MOST: usize = 96;
+    let served = Served::start_in(
+        Path::new("/dev/shm"),
+        Path::new(env!("CARGO_BIN_EXE_blksnap-serve")),
+        &["--writable", "--descriptors", "96", "--handshake-ms", "600000"],
+    )?;
+    let mut good = served.client(Framing::Simple)?;
+    // They say nothing: the server waits for them with a descriptor each.
+    let held = (0..MOST)
+        .map(|_| Ok(UnixStream::connect(served.socket())?))
+        .collect::<Result<Vec<_>>>()?;
+    while served.descriptors()? < MOST {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let data: Vec<u8> = (0..2_u32 << 20).map(|byte| byte.to_le_bytes()[1]).collect();
+    for offset in [0, 5 << 20] {
+        ensure!(good.ask(Request::write(offset, data.clone()))?.error == 0);
+        ensure!(good.read(offset, 2 << 20)? == data);
+    }
+    drop(held);
+    // And when they have gone others are let in.
+    served.wait_for_sockets(8)?;
+    ensure!(served.client(Framing::Extended)?.read(0, 2 << 20)? == data);
+    served.end()
+}
+
 #[test]
 fn thousands_of_sessions_one_after_the_other() -> Result<()> {
     attack(&[], |served| {

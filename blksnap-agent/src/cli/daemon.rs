@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{args, size};
 use crate::cbt::TrackingParams;
@@ -83,8 +84,19 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
         seal,
         device_wait: Duration::from_secs(options.device_wait.into()),
     };
+    raise_descriptors();
     daemon::run(&config, inherited)?;
     Ok(())
+}
+
+/// Lets the process have as many files open as the system allows: each NBD client takes two or more, and what is usual
+/// (1024) suits programs that use select(2).
+fn raise_descriptors() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files can't be raised: fewer nbd clients may get in");
+    }
 }
 
 /// The NBD server of `daemon`.

@@ -41,7 +41,17 @@ impl Served {
     /// # Errors
     /// The server does not start.
     pub fn start(program: &Path, arguments: &[&str]) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("blksnap-nbd-").tempdir()?;
+        Self::start_in(&std::env::temp_dir(), program, arguments)
+    }
+
+    /// As [`Served::start`], with the file in a folder of its own below `place`.
+    ///
+    /// # Errors
+    /// The server does not start.
+    pub fn start_in(place: &Path, program: &Path, arguments: &[&str]) -> Result<Self> {
+        let directory = tempfile::Builder::new()
+            .prefix("blksnap-nbd-")
+            .tempdir_in(place)?;
         let memory = fill(&directory.path().join("disk"))?;
         let log = std::fs::File::create(directory.path().join("log"))?;
         let mut child = Command::new(program)
@@ -146,6 +156,14 @@ impl Served {
             sockets += usize::from(link.is_ok_and(|link| link.to_string_lossy().starts_with("socket:")));
         }
         Ok(sockets)
+    }
+
+    /// Number of files, sockets and others that the process has open.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn descriptors(&self) -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))?.count())
     }
 
     /// Waits until at most `most` sockets are open.

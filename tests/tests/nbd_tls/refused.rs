@@ -260,6 +260,60 @@ fn tls_that_never_goes_on_is_ended() -> Result<()> {
     Ok(())
 }
 
+/// Asks for far more than any socket holds and reads none of it.
+#[test]
+fn a_client_with_tls_that_never_reads_is_dropped() -> Result<()> {
+    let limits = ServerLimits {
+        write_timeout: Duration::from_millis(500),
+        ..ServerLimits::default()
+    };
+    let scene = Scene::with(
+        "a_client_with_tls_that_never_reads_is_dropped",
+        Clients::Certified,
+        LocalTls::Required,
+        &limits,
+    )?;
+    let script = format!(
+        r#"
+import sys
+h.set_tls(nbd.TLS_REQUIRE)
+h.set_tls_certificates("{directory}")
+h.set_export_name("{NAME}")
+h.connect_tcp("localhost", "{port}")
+for _ in range(60):
+    h.aio_pread(nbd.Buffer(8 << 20), 0)
+sys.stdin.read()
+"#,
+        directory = scene.certified().display(),
+        port = scene.port()
+    );
+    let mut deaf = Command::new("nbdsh")
+        .args(["-c", &script])
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .stdin(std::process::Stdio::piped())
+        .spawn()?;
+    let (mut dropped, mut most) = (false, 0);
+    for _ in 0..12_000 {
+        let now = scene.counters()?;
+        most = most.max(now.memory);
+        dropped = now.write_timeouts > 0;
+        if dropped || deaf.try_wait()?.is_some() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let served = scene.assert_serves();
+    deaf.kill()?;
+    deaf.wait()?;
+    ensure!(dropped, "it is still there");
+    ensure!(
+        most <= limits.connection_bytes as u64,
+        "{most} bytes were in flight"
+    );
+    ensure!(scene.counters()?.memory == 0, "memory was not given back");
+    served
+}
+
 /// Nobody but the owner of the socket gets on it.
 #[test]
 fn another_user_on_the_unix_socket() -> Result<()> {

@@ -256,11 +256,11 @@ impl Transmission {
             if left == 0 {
                 break Came::All;
             }
-            let received = if left >= WORTH_A_PIPE || part.is_some() {
-                let (pipe, filled) = match &mut part {
-                    Some(part) => part,
-                    None => part.insert((self.shared.pipes.take()?, 0)),
-                };
+            if part.is_none() && left >= WORTH_A_PIPE {
+                // Where no descriptor is left it goes without.
+                part = self.shared.pipes.take().ok().map(|pipe| (pipe, 0));
+            }
+            let received = if let Some((pipe, filled)) = &mut part {
                 let received = self.stream.splice_to(pipe.writer(), left.min(CAPACITY));
                 if let Ok(count) = received {
                     *filled += count;

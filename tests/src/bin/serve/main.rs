@@ -19,6 +19,7 @@ use blksnap_agent::nbd::server::{Server, ServerLimits};
 use blksnap_agent::units::{BlockSize, Generation, Sectors};
 use blksnap_tests::complain;
 use clap::Parser;
+use nix::sys::resource::{Resource, setrlimit};
 use uuid::Uuid;
 
 /// Serve a file or a block device over NBD until standard input ends.
@@ -47,6 +48,9 @@ struct Arguments {
     /// Bytes in flight on all connections
     #[arg(long)]
     total_bytes: Option<usize>,
+    /// Files and sockets that the process may have open
+    #[arg(long)]
+    descriptors: Option<u64>,
     /// Longest handshake in milliseconds
     #[arg(long)]
     handshake_ms: Option<u64>,
@@ -100,6 +104,9 @@ fn main() -> ExitCode {
 }
 
 fn serve(arguments: &Arguments) -> Result<()> {
+    if let Some(most) = arguments.descriptors {
+        setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+    }
     let exports = Arc::new(Exports::new());
     exports.add(Arc::new(arguments.export()?))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
