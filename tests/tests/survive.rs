@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use blksnap_agent::cbt::{Base, CbtMap, ResetReason};
+use blksnap_agent::cbt::{Base, Blocks, CbtMap, ResetReason};
 use blksnap_agent::disk::BlockDevice;
+use blksnap_agent::statefile::{Format, write_sections};
 use blksnap_agent::tracker::{
     Granularity, KeepConfig, PinError, TrackedDevice, Tracker, TrackerConfig, TrackerError, purge,
 };
@@ -266,7 +267,13 @@ fn purge_ends_all() -> Result<()> {
 fn what_cannot_be_gone_on_with_is_said_and_begins_anew() -> Result<()> {
     let place = Place::new()?;
     let disk = LoopDevice::new(64 * MIB)?;
-    for case in ["cut", "changed", "gone", "version"] {
+    for (case, reason) in [
+        ("cut", ResetReason::StateDamaged),
+        ("changed", ResetReason::StateDamaged),
+        ("gone", ResetReason::StateDamaged),
+        ("form", ResetReason::StateVersion),
+        ("version", ResetReason::StateVersion),
+    ] {
         let tracker = Tracker::load(&place.config())?;
         let device = attach(&tracker, disk.path())?;
         let base = take(&device)?;
@@ -280,6 +287,20 @@ fn what_cannot_be_gone_on_with_is_said_and_begins_anew() -> Result<()> {
                 bytes[middle] ^= 1;
             }
             "gone" => {}
+            "form" => {
+                // Whole, by a program that knows another form.
+                let other = Format {
+                    name: "blksnap-device",
+                    version: u32::MAX,
+                };
+                write_sections(
+                    &document,
+                    other,
+                    &"something else",
+                    &[Blocks::from(bytes.clone())],
+                )?;
+                bytes = fs::read(&document)?;
+            }
             _ => {
                 let root = place.bpffs().join("blksnap");
                 fs::rename(root.join(format!("v{ABI_VERSION}")), root.join("v1000"))?;
@@ -292,9 +313,14 @@ fn what_cannot_be_gone_on_with_is_said_and_begins_anew() -> Result<()> {
         }
         let tracker = Tracker::load(&place.config())?;
         ensure!(tracker.devices().is_empty(), "{case}");
-        let device = attach(&tracker, disk.path())?;
+        // As whoever has a record of the device does.
+        let size = Granularity::Fixed(BlockSize::from_bytes(BLOCK)?);
+        let again = BlockDevice::open(disk.path())?;
+        let device = tracker.attach_anew(again, size, ResetReason::ContinuityUnproven)?;
         let info = device.with_map(CbtMap::info);
         ensure!(info.generation != base.generation, "{case}");
+        ensure!(info.began == reason, "{case}: {:?}", info.began);
+        ensure!(device.counters()?.resets.get(&reason) == Some(&1), "{case}");
         tracker.detach(device.device().id)?;
         drop((device, tracker));
     }

@@ -59,6 +59,7 @@ use crate::disk::{BlockDevice, DiskError};
 use crate::sys::mman::SharedWords;
 use crate::units::{BlockSize, DeviceId, Generation};
 use object::{Loaded, Object};
+use pins::Pins;
 
 /// How often the ring is drained while events come.
 const DRAIN_BUSY: Duration = Duration::from_millis(10);
@@ -179,6 +180,8 @@ pub struct Tracker {
     devices: RwLock<Vec<Arc<TrackedDevice>>>,
     /// What an agent before tracked, and this one can't go on with.
     lost: Vec<Lost>,
+    /// An agent of another version tracked devices until now.
+    superseded: bool,
     /// One attach or detach at a time.
     changing: Mutex<()>,
     drain: Mutex<Option<thread::JoinHandle<()>>>,
@@ -214,11 +217,13 @@ impl Tracker {
             state,
             documents: config.keep.as_ref().map(|keep| keep.documents.clone()),
         });
+        let superseded = shared.object().pins().is_some_and(Pins::superseded);
         let (devices, lost) = adopt::adopt(&shared)?;
         let tracker = Arc::new(Self {
             shared,
             devices: RwLock::new(devices),
             lost,
+            superseded,
             changing: Mutex::new(()),
             drain: Mutex::new(None),
         });
@@ -281,7 +286,7 @@ impl Tracker {
         if let Some(reason) = instead {
             return self.attach_as(device, granularity, reason);
         }
-        let began = self.began(&device).unwrap_or(began);
+        let began = self.began(&device, began);
         self.attach_as(device, granularity, began)
     }
 
@@ -300,13 +305,20 @@ impl Tracker {
         self.attach_map(device, map, BTreeMap::new())
     }
 
-    /// Why a device that was tracked until now, and can't be gone on with, begins anew.
-    fn began(&self, device: &BlockDevice) -> Option<ResetReason> {
-        let lost = self
-            .lost
-            .iter()
-            .find(|lost| lost.path.as_ref() == Some(&device.path));
-        lost.map(|lost| lost.reason)
+    /// Why a device begins anew: the reason why it can't be gone on with, if it was tracked until now, or `reason`.
+    fn began(&self, device: &BlockDevice, reason: ResetReason) -> ResetReason {
+        let place = (device.disk_id.kernel_dev(), device.first_sector.count());
+        let lost = self.lost.iter().find(|lost| match &lost.path {
+            Some(path) => *path == device.path,
+            // Nothing is known of it but where it was.
+            None => lost.place == place,
+        });
+        match lost {
+            Some(lost) => lost.reason,
+            // Which devices those were is not read. One that there is a record of was among them.
+            None if self.superseded && reason != ResetReason::NewAttach => ResetReason::StateVersion,
+            None => reason,
+        }
     }
 
     fn attach_as(

@@ -93,6 +93,8 @@ impl PinError {
 pub(super) struct Pins {
     root: PathBuf,
     version: PathBuf,
+    /// An agent of another version tracked something.
+    superseded: bool,
     _lock: Flock<File>,
 }
 
@@ -113,8 +115,10 @@ impl Pins {
         make(&root)?;
         let lock = lock(&root)?;
         let version = root.join(format!("v{ABI_VERSION}"));
+        let mut superseded = false;
         for entry in entries(&root)? {
             if entry != version {
+                superseded = true;
                 tracing::warn!(path = %entry.display(), "what an agent of another version tracked is given up");
                 remove_tree(&entry)?;
             }
@@ -122,8 +126,14 @@ impl Pins {
         Ok(Self {
             root,
             version,
+            superseded,
             _lock: lock,
         })
+    }
+
+    /// Whether an agent of another version tracked something, which is given up.
+    pub(super) const fn superseded(&self) -> bool {
+        self.superseded
     }
 
     /// Where map `name` is.

@@ -24,6 +24,8 @@ use crate::sync::{Mutex, PoisonError};
 pub struct Lost {
     /// The node of its device, where that is known.
     pub path: Option<PathBuf>,
+    /// Its disk, as the kernel's `dev_t`, and the sector where it begins there.
+    pub place: (u32, u64),
     /// Why.
     pub reason: ResetReason,
 }
@@ -36,6 +38,7 @@ impl TrackedDevice {
     pub(in super::super) fn adopt(shared: &Arc<Shared>, disk: u32, slot: Slot) -> Result<Self, Lost> {
         let lost = |path: Option<&Path>, reason| Lost {
             path: path.map(Path::to_owned),
+            place: (disk, slot.first_sector),
             reason,
         };
         let Some(documents) = &shared.documents else {
