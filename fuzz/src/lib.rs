@@ -7,6 +7,7 @@
 //! A new target is a module here, a line in [`TARGETS`], and a first input in `corpus/NAME`.
 
 mod checksum;
+pub mod cow_ops;
 mod frame_oracle;
 pub mod nbd_handshake;
 pub mod nbd_transmission;
@@ -25,6 +26,10 @@ pub struct Target {
 
 /// All targets.
 pub const TARGETS: &[Target] = &[
+    Target {
+        name: "cow_ops",
+        run: cow_ops::run,
+    },
     Target {
         name: "nbd_handshake",
         run: nbd_handshake::run,

@@ -373,6 +373,3 @@ impl Hold {
         }
     }
 }
-
-#[cfg(test)]
-mod model;

@@ -23,6 +23,8 @@
 
 mod hold;
 mod layout;
+#[cfg(any(test, feature = "testing"))]
+pub mod model;
 mod params;
 mod space;
 mod table;
