@@ -25,8 +25,9 @@ pub(crate) fn measure(bench: &mut Bench) -> Result<()> {
     bench.step("track: extents_2m_ms")?;
     let extents = extents()?;
     let mut memory = Vec::new();
-    for round in 1..=REPEATS {
-        bench.step(&format!("track: idle_1tib_rss_mib, {round} of {REPEATS}"))?;
+    let rounds = bench.rounds(REPEATS);
+    for round in 1..=rounds {
+        bench.step(&format!("track: idle_1tib_rss_mib, {round} of {rounds}"))?;
         memory.push(memory_of_idle()?);
     }
     let report = &mut bench.report;

@@ -36,6 +36,9 @@ struct Arguments {
     /// Form of the answer
     #[arg(long, value_name = "FORM", default_value = "text")]
     output: Output,
+    /// Of `storm` and `idle` one round, the storm a hundredth as long: whether it works, no figures to rely on
+    #[arg(long)]
+    short: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -64,9 +67,15 @@ enum Output {
 struct Bench {
     interrupt: Interrupt,
     report: Report,
+    short: bool,
 }
 
 impl Bench {
+    /// How often something is measured that is worth `times` times.
+    const fn rounds(&self, times: usize) -> usize {
+        if self.short { 1 } else { times }
+    }
+
     /// Says on standard error what is being done.
     fn step(&self, what: &str) -> Result<()> {
         complain(format_args!("bench: {what}"));
@@ -111,6 +120,7 @@ fn measure(arguments: &Arguments) -> Result<Report> {
     let mut bench = Bench {
         interrupt: Interrupt::install()?,
         report: Report::default(),
+        short: arguments.short,
     };
     let groups = &arguments.groups;
     let wanted = |group| groups.is_empty() || groups.contains(&group);

@@ -32,11 +32,13 @@ struct Storm {
 }
 
 pub(crate) fn measure(bench: &mut Bench) -> Result<()> {
-    let zram = Zram::new(WRITES * BLOCK)?;
+    let writes = if bench.short { WRITES / 100 } else { WRITES };
+    let zram = Zram::new(writes * BLOCK)?;
     let mut storms = Vec::new();
-    for round in 1..=STORMS {
-        bench.step(&format!("track: storm, {round} of {STORMS}"))?;
-        storms.push(storm(bench, &zram.path())?);
+    let rounds = bench.rounds(STORMS);
+    for round in 1..=rounds {
+        bench.step(&format!("track: storm, {round} of {rounds}"))?;
+        storms.push(storm(bench, &zram.path(), writes)?);
     }
     let job = format!("fio {JOB}, ring of {} KiB", RING / 1024);
     let mut add = |name, aim, of: &dyn Fn(&Storm) -> f64| {
@@ -53,7 +55,7 @@ pub(crate) fn measure(bench: &mut Bench) -> Result<()> {
 }
 
 /// One storm: every block of the disk is written once, so that what is not reported is what is lost.
-fn storm(bench: &Bench, node: &Path) -> Result<Storm> {
+fn storm(bench: &Bench, node: &Path, writes: u64) -> Result<Storm> {
     let daemon = Daemon::with_options(&DaemonOptions {
         ring_bytes: Some(RING),
         ..DaemonOptions::default()
@@ -63,13 +65,13 @@ fn storm(bench: &Bench, node: &Path) -> Result<Storm> {
     attach(&daemon, node, "4K")?;
     let _measuring = Measuring::start()?;
     let (runs, cpu, began) = (Runs::of(program)?, cpu_seconds(pid)?, Instant::now());
-    let half = WRITES / 2 * BLOCK;
+    let half = writes / 2 * BLOCK;
     fio(
         bench,
         node,
         &format!("{JOB} --size={half} --offset_increment={half}"),
     )?;
-    let rate = WRITES as f64 / began.elapsed().as_secs_f64();
+    let rate = writes as f64 / began.elapsed().as_secs_f64();
     let status = daemon.json(["status".as_ref(), node.as_os_str()])?;
     let device = &status["devices"][0];
     let reported = device["cbt"]["dirty_blocks"]
@@ -78,13 +80,13 @@ fn storm(bench: &Bench, node: &Path) -> Result<Storm> {
     let seen = device["counters"]["operations"]["write"]
         .as_u64()
         .context("no writes")?;
-    ensure!(seen >= WRITES, "only {seen} of {WRITES} writes were made");
+    ensure!(seen >= writes, "only {seen} of {writes} writes were made");
     ensure!(
         device["cbt"]["corrupted"].is_null(),
         "the map is in doubt: {device}"
     );
     Ok(Storm {
-        lost: WRITES as f64 - reported as f64,
+        lost: writes as f64 - reported as f64,
         agent: cpu_seconds(pid)? - cpu,
         program: Runs::of(program)?.mean_since(runs)?,
         ring_full: device["counters"]["ring_full"].as_f64().context("no counter")?,
