@@ -16,6 +16,10 @@ use crate::telemetry::log::LogFormat;
 use crate::tracker::KernelBtf;
 use crate::units::{Extent, Generation, SnapshotId};
 
+mod snapshot;
+
+pub(super) use snapshot::{Serve, Snapshot, Unserve};
+
 /// Track what changes on block devices, take consistent snapshots of them, and back up what changed.
 #[derive(Debug, Parser)]
 #[command(
@@ -84,6 +88,12 @@ pub enum Command {
     /// Create, take and destroy snapshots
     #[command(subcommand)]
     Snapshot(Snapshot),
+    /// Serve a disk or an image file read-write over NBD, with change tracking and snapshots
+    Serve(Serve),
+    /// Show what is served
+    Served,
+    /// End serving disks
+    Unserve(Unserve),
     /// Write a consistent image of a device to a file
     Backup(Backup),
     /// Block devices of this machine that show images
@@ -118,6 +128,9 @@ impl Command {
             Self::Doctor(_) => "doctor",
             Self::Cbt(_) => "cbt",
             Self::Snapshot(_) => "snapshot",
+            Self::Serve(_) => "serve",
+            Self::Served => "served",
+            Self::Unserve(_) => "unserve",
             Self::Backup(_) => "backup",
             Self::Nbd(_) => "nbd",
             Self::Completions { .. } => "completions",
@@ -429,71 +442,6 @@ pub struct Limits {
     /// Program run with `freeze` before, `frozen` in and `thaw` after the freeze
     #[arg(long, value_name = "PROGRAM")]
     pub freeze_hook: Option<PathBuf>,
-}
-
-/// `snapshot`
-#[derive(Debug, Subcommand)]
-pub enum Snapshot {
-    /// Create a snapshot, and take it at once when devices are named
-    #[command(after_help = "Examples:
-  blksnap-agent snapshot create /dev/sdb1 /dev/sdc  one instant for both; prints the id and the images
-  id=$(blksnap-agent snapshot create)               an empty one: add devices, then take it
-
-A device that is not tracked yet is attached.")]
-    Create {
-        /// Devices
-        #[arg(value_name = "DEVICE")]
-        devices: Vec<PathBuf>,
-        /// Directory for the copies [default: the daemon's]
-        #[arg(long, value_name = "DIR")]
-        storage: Option<PathBuf>,
-        /// Do not take it yet
-        #[arg(long)]
-        no_take: bool,
-        #[command(flatten)]
-        limits: Limits,
-    },
-    /// Add devices to a snapshot that is not taken yet
-    #[command(after_help = "Example:
-  blksnap-agent snapshot add $id /dev/sdb1")]
-    Add {
-        /// Snapshot
-        #[arg(value_parser = parse_id)]
-        id: SnapshotId,
-        /// Devices
-        #[arg(required = true, value_name = "DEVICE")]
-        devices: Vec<PathBuf>,
-    },
-    /// Take a snapshot: one instant for all its devices
-    #[command(after_help = "Example:
-  blksnap-agent snapshot take --max-seconds 600 $id")]
-    Take {
-        /// Snapshot
-        #[arg(value_parser = parse_id)]
-        id: SnapshotId,
-        #[command(flatten)]
-        limits: Limits,
-    },
-    /// List all snapshots
-    #[command(after_help = "Example:
-  blksnap-agent snapshot list --output json | jq -r '.snapshots[].id'")]
-    List,
-    /// Show a snapshot and where its images are
-    #[command(after_help = "Example:
-  nbdcopy \"$(blksnap-agent snapshot info $id --output json | jq -r '.devices[0].image.uri')\" sdb1.img")]
-    Info {
-        /// Snapshot
-        #[arg(value_parser = parse_id)]
-        id: SnapshotId,
-    },
-    /// Destroy snapshots; tracking goes on
-    #[command(after_help = "Example:
-  blksnap-agent snapshot destroy $id")]
-    Destroy {
-        /// Snapshots
-        #[arg(required = true, value_name = "ID", value_parser = parse_id)]
-        ids: Vec<SnapshotId>,
-    },
 }
 
 /// `backup`

@@ -16,6 +16,7 @@ mod generate;
 mod heat;
 mod nbd;
 mod progress;
+mod serve;
 mod size;
 mod snapshot;
 mod table;
@@ -126,14 +127,17 @@ fn privileged(cli: Cli) -> Result<ExitCode> {
         Command::Detach(options) => block_on(device::detach(&context, &options)).map(done),
         Command::Status(options) => block_on(device::status(&context, &options)).map(done),
         Command::Cbt(command) => block_on(cbt::run(&context, &command)).map(done),
-        Command::Snapshot(command) => block_on(snapshot::run(&context, &command)).map(done),
+        Command::Snapshot(command) => block_on(snapshot::run(&context, &command)),
+        Command::Serve(options) => block_on(serve::serve(&context, &options)).map(done),
+        Command::Served => block_on(serve::list(&context)).map(done),
+        Command::Unserve(options) => block_on(serve::unserve(&context, &options)).map(done),
         Command::Backup(options) => block_on(backup::run(&context, &options)).map(done),
         Command::Nbd(command) => block_on(nbd::run(&context, &cli.socket, command)).map(done),
         Command::Doctor(_) | Command::Completions { .. } | Command::Man { .. } => Ok(ExitCode::SUCCESS),
     }
 }
 
-fn block_on(work: impl Future<Output = Result<()>>) -> Result<()> {
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

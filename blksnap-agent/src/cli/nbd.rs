@@ -207,8 +207,7 @@ async fn origin(context: &Context, export: &str, own_server: bool) -> Option<Blo
         .flat_map(|snapshot| &snapshot.devices)
         .find(|device| device.image.as_ref().is_some_and(|image| image.export == export))?;
     let found = BlockDevice::open(Path::new(&device.device)).ok()?;
-    let id: DeviceId = device.id;
-    (found.id == id).then_some(found)
+    (Some(found.id) == device.id).then_some(found)
 }
 
 fn connect(context: &Context, request: &Request, origin: Option<DeviceId>, with_links: bool) -> Result<()> {

@@ -1,6 +1,8 @@
-//! `snapshot create`, `add`, `take`, `list`, `info` and `destroy`.
+//! `snapshot create`, `add`, `append`, `take`, `wait`, `watch`, `storage`, `list`, `info` and `destroy`.
 
 use std::fmt::Write as _;
+use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::Result;
 
@@ -9,19 +11,59 @@ use super::progress::Display;
 use super::size::{duration, human};
 use super::table::{Align, Table};
 use super::{Context, absolute};
-use crate::control::api::{self, Consistency, Snapshot, Snapshots};
+use crate::control::api::{self, Consistency, Snapshot, Snapshots, StorageExtents, WaitedEvent};
+use crate::units::SnapshotId;
 
-pub(super) async fn run(context: &Context, command: &Command) -> Result<()> {
+/// Exit code of a wait that no event has ended.
+const NO_EVENT: u8 = 3;
+
+pub(super) async fn run(context: &Context, command: &Command) -> Result<ExitCode> {
+    if let Command::Wait { id, timeout } = command {
+        let event = wait(context, *id, *timeout).await?;
+        context.print(&event, described)?;
+        return Ok(match event {
+            WaitedEvent::None => ExitCode::from(NO_EVENT),
+            _ => ExitCode::SUCCESS,
+        });
+    }
+    change(context, command).await.map(|()| ExitCode::SUCCESS)
+}
+
+async fn wait(context: &Context, id: SnapshotId, timeout_ms: u64) -> Result<WaitedEvent> {
+    let path = format!("/v1/snapshots/{id}/wait");
+    let request = api::WaitEvent { timeout_ms };
+    Ok(context.client.run(&path, &request, |_| {}).await?)
+}
+
+/// Prints events until the snapshot is gone.
+async fn watch(context: &Context, id: SnapshotId) -> Result<()> {
+    /// Between two questions, in milliseconds.
+    const PATIENCE: u64 = 60_000;
+    loop {
+        match wait(context, id, PATIENCE).await? {
+            WaitedEvent::None => {}
+            event => context.print(&event, described)?,
+        }
+    }
+}
+
+async fn change(context: &Context, command: &Command) -> Result<()> {
     match command {
         Command::Create {
             devices,
             storage,
+            promise,
+            minimum,
+            no_autogrow,
             no_take,
             limits: bounds,
         } => {
             let create = api::CreateSnapshot {
                 devices: devices.iter().map(|path| absolute(path)).collect::<Result<_>>()?,
-                storage: storage.as_deref().map(absolute).transpose()?,
+                storage: storage.iter().map(|text| place(text)).collect::<Result<_>>()?,
+                promise: *promise,
+                minimum: *minimum,
+                no_autogrow: *no_autogrow,
             };
             if *no_take || devices.is_empty() {
                 let snapshot: Snapshot = context.client.post("/v1/snapshots", &create).await?;
@@ -63,6 +105,22 @@ pub(super) async fn run(context: &Context, command: &Command) -> Result<()> {
             display.end();
             context.print(&taken?, images)
         }
+        Command::Append { id, storage } => {
+            let request = api::AppendStorage {
+                storage: place(storage)?,
+            };
+            let path = format!("/v1/snapshots/{id}/storage");
+            let snapshot: Snapshot = context.client.post(&path, &request).await?;
+            context.print(&snapshot, |snapshot| {
+                format!("{}: added to {}", request.storage, snapshot.id)
+            })
+        }
+        Command::Storage { id } => {
+            let extents: StorageExtents = context.client.get(&format!("/v1/snapshots/{id}/storage")).await?;
+            context.print(&extents, storage_extents)
+        }
+        Command::Wait { .. } => Ok(()),
+        Command::Watch { id } => watch(context, *id).await,
         Command::List => {
             let snapshots: Snapshots = context.client.get("/v1/snapshots").await?;
             context.print(&snapshots, list)
@@ -146,6 +204,49 @@ fn list(snapshots: &Snapshots) -> String {
     table.text()
 }
 
+/// Difference storage as the daemon wants it: with a whole path.
+fn place(text: &str) -> Result<String> {
+    if text.starts_with('/') || text.starts_with("memory:") {
+        Ok(text.to_owned())
+    } else {
+        absolute(Path::new(text))
+    }
+}
+
+fn described(event: &WaitedEvent) -> String {
+    match event {
+        WaitedEvent::None => "no event\n".to_owned(),
+        WaitedEvent::LowFreeSpace {
+            requested_nr_sect, ..
+        } => format!(
+            "low free space: {} more are wanted\n",
+            human(requested_nr_sect * 512)
+        ),
+        WaitedEvent::Corrupted { device, reason, .. } => {
+            format!("corrupted: the image of {device} is lost: {reason}\n")
+        }
+    }
+}
+
+fn storage_extents(extents: &StorageExtents) -> String {
+    if extents.extents.is_empty() {
+        return "no sectors of block devices are in use\n".to_owned();
+    }
+    let mut table = Table::new([
+        ("DEVICE", Align::Left),
+        ("SECTOR", Align::Right),
+        ("COUNT", Align::Right),
+    ]);
+    for extent in &extents.extents {
+        table.row([
+            extent.device.to_string(),
+            extent.sector.to_string(),
+            extent.count.to_string(),
+        ]);
+    }
+    table.text()
+}
+
 fn info(snapshot: &Snapshot) -> String {
     let mut text = String::new();
     let rows = [
@@ -154,13 +255,29 @@ fn info(snapshot: &Snapshot) -> String {
         ("created", utc(snapshot.created)),
         ("taken", snapshot.taken.map_or_else(|| "-".to_owned(), utc)),
         (
-            "storage",
-            format!("{} in {}", human(snapshot.storage_bytes), snapshot.storage),
+            "filter",
+            snapshot.filter.clone().unwrap_or_else(|| "-".to_owned()),
         ),
+        (
+            "storage",
+            format!(
+                "{} in {}",
+                human(snapshot.storage_bytes),
+                snapshot.storage.join(", ")
+            ),
+        ),
+        ("events", snapshot.events.to_string()),
     ];
     for (name, value) in rows {
         // Writing to a string can't fail, here and below.
         let _ = writeln!(text, "{name:<12}{value}");
+    }
+    if let Some(usage) = &snapshot.usage {
+        let limit = usage.limit.map_or_else(|| "the space there is".to_owned(), human);
+        let _ = writeln!(text, "{:<12}{} now, up to {limit}", "space", human(usage.bytes));
+    }
+    if let Some(reason) = &snapshot.reason {
+        let _ = writeln!(text, "{:<12}{reason}", "lost");
     }
     for device in &snapshot.devices {
         let _ = writeln!(

@@ -13,7 +13,7 @@ use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query
 use axum::http::header;
 use axum::http::request::Parts;
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -127,6 +127,51 @@ pub trait Service: Send + Sync + 'static {
     /// # Errors
     /// Unknown.
     fn snapshot_destroy(&self, id: SnapshotId) -> Result<(), ApiError>;
+
+    /// Adds difference storage to a snapshot.
+    ///
+    /// # Errors
+    /// See [`crate::snapshot::Snapshots::append`].
+    fn snapshot_append(
+        &self,
+        id: SnapshotId,
+        request: &api::AppendStorage,
+    ) -> Result<api::Snapshot, ApiError>;
+
+    /// Where the difference storage of a snapshot is.
+    ///
+    /// # Errors
+    /// See [`crate::snapshot::Snapshots::storage_extents`].
+    fn snapshot_storage(&self, id: SnapshotId) -> Result<api::StorageExtents, ApiError>;
+
+    /// Waits for an event of a snapshot.
+    ///
+    /// # Errors
+    /// No such snapshot, or the client has gone.
+    fn snapshot_wait(
+        &self,
+        id: SnapshotId,
+        request: &api::WaitEvent,
+        reporter: &Reporter,
+    ) -> Result<api::WaitedEvent, ApiError>;
+
+    /// The devices that are served.
+    ///
+    /// # Errors
+    /// None now.
+    fn served(&self) -> Result<api::ServedDevices, ApiError>;
+
+    /// Serves a disk.
+    ///
+    /// # Errors
+    /// It can't be opened, is in use, or the name is taken.
+    fn serve(&self, request: &api::Serve) -> Result<api::ServedDevice, ApiError>;
+
+    /// Ends serving a disk.
+    ///
+    /// # Errors
+    /// It is not served, or snapshots hold it.
+    fn unserve(&self, name: &str) -> Result<(), ApiError>;
     /// Makes or renews a raw image file.
     ///
     /// # Errors
@@ -345,6 +390,50 @@ async fn snapshot_create_and_take(
     })
 }
 
+async fn snapshot_append(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+    Body(request): Body<api::AppendStorage>,
+) -> Answer<api::Snapshot> {
+    let id = snapshot_id(&id)?;
+    answer(context, move |service| service.snapshot_append(id, &request)).await
+}
+
+async fn snapshot_storage(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+) -> Answer<api::StorageExtents> {
+    let id = snapshot_id(&id)?;
+    answer(context, move |service| service.snapshot_storage(id)).await
+}
+
+async fn snapshot_wait(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+    Body(request): Body<api::WaitEvent>,
+) -> Result<Response, ApiError> {
+    let id = snapshot_id(&id)?;
+    let Context { service, stop } = context;
+    Ok(stream::respond(&stop, move |reporter| {
+        service.snapshot_wait(id, &request, reporter)
+    }))
+}
+
+async fn served(State(context): State<Context>) -> Answer<api::ServedDevices> {
+    answer(context, Service::served).await
+}
+
+async fn serve(State(context): State<Context>, Body(request): Body<api::Serve>) -> Answer<api::ServedDevice> {
+    answer(context, move |service| service.serve(&request)).await
+}
+
+async fn unserve(State(context): State<Context>, Path(name): Path<String>) -> Answer<api::Empty> {
+    answer(context, move |service| {
+        service.unserve(&name).map(|()| api::Empty {})
+    })
+    .await
+}
+
 async fn backup(State(context): State<Context>, Body(request): Body<api::Backup>) -> Response {
     let Context { service, stop } = context;
     stream::respond(&stop, move |reporter| service.backup(&request, reporter))
@@ -385,6 +474,13 @@ pub fn router(service: Arc<dyn Service>, stop: CancellationToken) -> Router {
         .route("/v1/snapshots/{id}", get(snapshot).delete(snapshot_destroy))
         .route("/v1/snapshots/{id}/devices", post(snapshot_add))
         .route("/v1/snapshots/{id}/take", post(snapshot_take))
+        .route(
+            "/v1/snapshots/{id}/storage",
+            get(snapshot_storage).post(snapshot_append),
+        )
+        .route("/v1/snapshots/{id}/wait", post(snapshot_wait))
+        .route("/v1/served", get(served).post(serve))
+        .route("/v1/served/{name}", delete(unserve))
         .route("/v1/backups", post(backup))
         .route("/v1/nbd", get(nbd))
         .route("/metrics", get(metrics))

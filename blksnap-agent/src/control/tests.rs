@@ -110,6 +110,29 @@ impl Service for Script {
     ) -> Result<api::Snapshot, ApiError> {
         refuse("create and take")
     }
+    fn snapshot_append(&self, _: SnapshotId, _: &api::AppendStorage) -> Result<api::Snapshot, ApiError> {
+        refuse("append")
+    }
+    fn snapshot_storage(&self, _: SnapshotId) -> Result<api::StorageExtents, ApiError> {
+        refuse("storage")
+    }
+    fn snapshot_wait(
+        &self,
+        _: SnapshotId,
+        _: &api::WaitEvent,
+        _: &Reporter,
+    ) -> Result<api::WaitedEvent, ApiError> {
+        refuse("wait")
+    }
+    fn served(&self) -> Result<api::ServedDevices, ApiError> {
+        refuse("served")
+    }
+    fn serve(&self, _: &api::Serve) -> Result<api::ServedDevice, ApiError> {
+        refuse("serve")
+    }
+    fn unserve(&self, _: &str) -> Result<(), ApiError> {
+        refuse("unserve")
+    }
     fn snapshot_destroy(&self, _: SnapshotId) -> Result<(), ApiError> {
         Ok(())
     }

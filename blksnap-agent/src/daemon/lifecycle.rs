@@ -341,9 +341,12 @@ async fn serve(
     let agent = Arc::new(Agent::new(&config, tracker, exports, &nbd, seals));
     let restored = Arc::clone(&agent);
     let wait = config.device_wait;
-    tokio::task::spawn_blocking(move || restored.restore(wait))
-        .await
-        .map_err(io::Error::other)?;
+    tokio::task::spawn_blocking(move || {
+        restored.restore(wait);
+        restored.resume_served();
+    })
+    .await
+    .map_err(io::Error::other)?;
     let service: Arc<dyn Service> = Arc::<Agent>::clone(&agent);
     let mut serving = tokio::spawn(server::serve_unix(
         control,
@@ -379,11 +382,12 @@ async fn serve(
     if failed.is_none() && tokio::time::timeout(GRACE, &mut serving).await.is_err() {
         tracing::warn!(grace = ?GRACE, "requests under way are left alone");
     }
+    agent.withdraw();
+    nbd.stop().await;
     let ending = Arc::clone(&agent);
     if let Err(error) = tokio::task::spawn_blocking(move || ending.end()).await {
         tracing::error!(%error, "the end of the snapshots failed");
     }
-    nbd.stop().await;
     if let Err(error) = tokio::task::spawn_blocking(move || agent.seal()).await {
         tracing::error!(%error, "the change maps were not sealed");
     }

@@ -26,6 +26,7 @@ pub mod changes;
 pub mod client;
 mod connection;
 pub mod counters;
+pub mod cow;
 mod end;
 pub mod endpoint;
 pub mod export;

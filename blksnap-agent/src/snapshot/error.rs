@@ -1,8 +1,14 @@
 //! Snapshot errors, each with the errno of the original's interface.
 
+use std::io;
+use std::path::{Path, PathBuf};
+
 use nix::errno::Errno;
 
+use crate::engine::cow::journal::JournalError;
 use crate::filter::converge::ConvergeError;
+use crate::filter::served::TakeError;
+use crate::statefile::StateFileError;
 use crate::storage::StorageError;
 use crate::tracker::TrackerError;
 use crate::units::{DeviceId, SnapshotId};
@@ -30,9 +36,47 @@ pub enum SnapshotError {
     /// It is not taken.
     #[error("snapshot {0} is not taken; `blksnap-agent snapshot take` does that")]
     NotTaken(SnapshotId),
+    /// The device is not in it.
+    #[error("the device is not in snapshot {0}; `blksnap-agent snapshot info` shows its devices")]
+    NotInSnapshot(SnapshotId),
     /// The device is not tracked.
     #[error("device {0} is not tracked; attach it with `blksnap-agent attach`")]
     NotTracked(DeviceId),
+    /// Devices that are copied, and devices that the agent serves.
+    #[error(
+        "{device} can't be in snapshot {snapshot}: devices that are served and others have no common instant; make one snapshot for each kind"
+    )]
+    Mixed {
+        /// The device's path.
+        device: String,
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// A snapshot of devices that are copied has one directory.
+    #[error("snapshot {0} is copied to one directory; name one directory without a limit as its storage")]
+    OneDirectory(SnapshotId),
+    /// Storage can't be added any more.
+    #[error("snapshot {0} is copied, and its storage grows by itself")]
+    NotAppendable(SnapshotId),
+    /// A journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A document.
+    #[error(transparent)]
+    Document(#[from] StateFileError),
+    /// State in a directory.
+    #[error("can't {action} {}: {source}", path.display())]
+    State {
+        /// What was tried.
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Served devices can't be taken.
+    #[error(transparent)]
+    Served(#[from] TakeError),
     /// The difference storage.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -48,12 +92,20 @@ pub enum SnapshotError {
 }
 
 impl SnapshotError {
+    pub(super) fn state(action: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::State {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
     /// The errno of the original's interface, `EIO` where it has none.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match self {
             Self::Unknown(_) => Errno::ESRCH,
-            Self::Empty(_) | Self::NotTracked(_) => Errno::ENODEV,
+            Self::Empty(_) | Self::NotTracked(_) | Self::NotInSnapshot(_) => Errno::ENODEV,
             Self::AlreadyAdded { .. } | Self::AlreadyTaken(_) => Errno::EALREADY,
             Self::NotTaken(_) => Errno::ENODATA,
             Self::Converge(error) if error.is_no_space() => Errno::ENOSPC,
@@ -62,7 +114,15 @@ impl SnapshotError {
                 Errno::ETIME
             }
             Self::Tracker(TrackerError::NotAttached(_)) => Errno::ENODEV,
-            Self::Storage(_) | Self::Tracker(_) | Self::Converge(_) | Self::Defect(_) => Errno::EIO,
+            Self::Mixed { .. } | Self::OneDirectory(_) | Self::NotAppendable(_) => Errno::EINVAL,
+            Self::State { source, .. } => source.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+            Self::Storage(_)
+            | Self::Tracker(_)
+            | Self::Converge(_)
+            | Self::Journal(_)
+            | Self::Document(_)
+            | Self::Served(_)
+            | Self::Defect(_) => Errno::EIO,
         }
     }
 }

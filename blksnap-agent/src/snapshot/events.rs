@@ -180,7 +180,10 @@ mod tests {
             }
         }
         assert_eq!(events.wait(Duration::from_millis(1), &never), Waited::TimedOut);
-        assert_eq!(events.wait(Duration::from_secs(60), &|| true), Waited::Interrupted);
+        assert_eq!(
+            events.wait(Duration::from_secs(60), &|| true),
+            Waited::Interrupted
+        );
     }
 
     #[test]

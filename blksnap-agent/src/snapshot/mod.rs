@@ -1,18 +1,29 @@
 //! Snapshot: several devices, one instant.
 //!
-//! A snapshot is created, gets devices, is taken once, and is held until it is destroyed. Its images are files of
-//! the difference storage; whoever reads them shares the file, so that destroying a snapshot takes nothing from
-//! under a reader. A device may be in several snapshots. Tracking goes on through all of it.
+//! A snapshot is created, gets devices, is taken once, and is held until it is destroyed. A device may be in several
+//! snapshots. Tracking goes on through all of it.
+//!
+//! Block devices are copied ([`FilterKind::Converge`]): their images are files of the difference storage; whoever
+//! reads them shares the file, so that destroying a snapshot takes nothing from under a reader. Devices that the agent
+//! serves are held ([`FilterKind::Served`]): their images are what was preserved and, for the rest, the device itself.
+//! Such a snapshot is written down, and the next agent goes on with it, or says why it can't.
 //!
 //! # Owner
 //! Each snapshot has an owner thread that keeps its state and does what it is told in the order of a queue; it
 //! never waits for anything else. A take runs in a thread beside it that reports its end to the same queue. So
 //! listing never waits for a take, and a snapshot can be destroyed while it is being taken.
 
+mod document;
 mod error;
+mod events;
+mod held;
+mod member;
 mod owner;
 mod registry;
 
 pub use error::SnapshotError;
-pub use owner::{Image, Info, State, TakeOptions};
-pub use registry::Snapshots;
+pub use events::{Event, EventData, Events, Waited};
+pub use held::{HoldOptions, HoldPlace};
+pub use member::{FilterKind, Member, MemberId};
+pub use owner::{Content, Image, Info, State, TakeOptions};
+pub use registry::{Left, Snapshots};

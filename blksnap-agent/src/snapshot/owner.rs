@@ -1,19 +1,21 @@
 //! Owner: the thread that keeps the state of one snapshot.
 
 use std::fs::File;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, SystemTime};
 
-use super::SnapshotError;
+use super::events::Events;
+use super::held::{Held, HoldOptions, HoldPlace, kept, pool_events, pool_options};
+use super::{Member, SnapshotError};
 use crate::cbt::{ReadMap, Taken};
 use crate::disk::BlockDevice;
 use crate::engine::{CancelToken, FileSink, Progress};
 use crate::filter::converge::{self, Consistency, Converged, FreezeHook, Initial, Limits, Target};
-use crate::storage::DirStorage;
+use crate::filter::served::{Served, ServedImage};
+use crate::storage::{DirStorage, Pool, StorageSpec, Usage};
 use crate::tracker::{TrackedDevice, Tracker};
-use crate::units::{DeviceId, SnapshotId};
+use crate::units::SnapshotId;
 
 /// How far a snapshot is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,15 +26,26 @@ pub enum State {
     Taking,
     /// Its images can be read.
     Taken,
+    /// It was taken by an agent before this one, and nothing is left of its images.
+    Lost,
+}
+
+/// What an image is made of.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// A whole copy, from offset 0 on. Shared, and never written.
+    Copy(Arc<File>),
+    /// What was preserved, and the device.
+    Held(ServedImage),
 }
 
 /// A device as it was at the instant.
 #[derive(Clone, Debug)]
 pub struct Image {
     /// The device.
-    pub device: BlockDevice,
-    /// Its bytes, from offset 0 on. Shared, and never written.
-    pub file: Arc<File>,
+    pub member: Member,
+    /// Its bytes.
+    pub content: Content,
     /// Length in bytes.
     pub size: u64,
     /// Number and generation of the take.
@@ -60,12 +73,16 @@ pub struct Info {
     pub created: SystemTime,
     /// The instant; none before the take.
     pub taken: Option<SystemTime>,
-    /// Directory of the difference storage.
-    pub storage: PathBuf,
+    /// Its difference storage.
+    pub storage: Vec<StorageSpec>,
+    /// How much of that is used; none where devices are copied.
+    pub usage: Option<Usage>,
     /// Its devices, in the order in which they were added.
-    pub devices: Vec<BlockDevice>,
+    pub devices: Vec<Member>,
     /// Their images, in the same order; none before the take.
     pub images: Vec<Arc<Image>>,
+    /// Why its images are lost, if they are.
+    pub lost: Option<String>,
 }
 
 /// How a snapshot is taken.
@@ -79,12 +96,17 @@ pub struct TakeOptions {
 
 /// What an owner is told.
 pub(super) enum Command {
-    Add(BlockDevice, Sender<Result<Info, SnapshotError>>),
+    Add(Member, Sender<Result<Info, SnapshotError>>),
+    Append(StorageSpec, Sender<Result<Info, SnapshotError>>),
     Take(Take),
     Info(Sender<Info>),
+    /// The pool, for questions that take long.
+    Pool(Sender<Option<Arc<Pool>>>),
     Destroy(Sender<()>),
+    /// The agent ends: what can go on with the next one is left for it.
+    Leave(Sender<()>),
     /// The take that was started has ended.
-    Finished(Result<Vec<Image>, SnapshotError>),
+    Finished(Result<Outcome, SnapshotError>),
 }
 
 /// A take to be started.
@@ -101,41 +123,66 @@ struct Running {
     reply: Sender<Result<Info, SnapshotError>>,
 }
 
+/// What a take made.
+pub(super) struct Outcome {
+    images: Vec<Image>,
+    held: Option<Held>,
+}
+
 /// State of one snapshot.
 pub(super) struct Owner {
     pub(super) info: Info,
     pub(super) tracker: Arc<Tracker>,
-    pub(super) storage: DirStorage,
+    pub(super) options: HoldOptions,
+    pub(super) place: HoldPlace,
+    pub(super) events: Arc<Events>,
+    /// Storage of held devices; made when the first is there.
+    pub(super) pool: Option<Arc<Pool>>,
+    pub(super) held: Option<Held>,
     /// For the end of a take.
     pub(super) queue: Sender<Command>,
     running: Option<Running>,
     /// Who waits for the end of the snapshot.
     destroying: Vec<Sender<()>>,
+    /// The end leaves it for the next agent.
+    leaving: bool,
+}
+
+/// What an owner begins with.
+pub(super) struct Start {
+    pub(super) id: SnapshotId,
+    pub(super) storage: Vec<StorageSpec>,
+    pub(super) options: HoldOptions,
+    pub(super) place: HoldPlace,
+    pub(super) tracker: Arc<Tracker>,
+    pub(super) events: Arc<Events>,
+    pub(super) queue: Sender<Command>,
 }
 
 impl Owner {
-    pub(super) fn new(
-        id: SnapshotId,
-        devices: Vec<BlockDevice>,
-        tracker: Arc<Tracker>,
-        storage: DirStorage,
-        queue: Sender<Command>,
-    ) -> Self {
+    pub(super) fn new(start: Start) -> Self {
         Self {
             info: Info {
-                id,
+                id: start.id,
                 state: State::Created,
                 created: SystemTime::now(),
                 taken: None,
-                storage: storage.path().to_owned(),
-                devices,
+                storage: start.storage,
+                usage: None,
+                devices: Vec::new(),
                 images: Vec::new(),
+                lost: None,
             },
-            tracker,
-            storage,
-            queue,
+            tracker: start.tracker,
+            options: start.options,
+            place: start.place,
+            events: start.events,
+            pool: None,
+            held: None,
+            queue: start.queue,
             running: None,
             destroying: Vec::new(),
+            leaving: false,
         }
     }
 
@@ -148,16 +195,18 @@ impl Owner {
                 Command::Add(device, reply) => {
                     let _ = reply.send(self.add(device));
                 }
+                Command::Append(spec, reply) => {
+                    let _ = reply.send(self.append(&spec));
+                }
                 Command::Take(take) => self.take(take),
                 Command::Info(reply) => {
-                    let _ = reply.send(self.info.clone());
+                    let _ = reply.send(self.info_now());
                 }
-                Command::Destroy(reply) => {
-                    self.destroying.push(reply);
-                    if let Some(running) = &self.running {
-                        running.cancel.cancel();
-                    }
+                Command::Pool(reply) => {
+                    let _ = reply.send(self.pool.clone());
                 }
+                Command::Destroy(reply) => self.end(reply, false),
+                Command::Leave(reply) => self.end(reply, true),
                 Command::Finished(result) => self.finish(result),
             }
             if self.running.is_none() && !self.destroying.is_empty() {
@@ -165,25 +214,108 @@ impl Owner {
             }
         }
         let waiting = std::mem::take(&mut self.destroying);
-        // The files go before anybody is told that they are gone.
+        // Images go before anybody is told that they are gone.
+        self.info.images.clear();
+        match (self.held.take(), self.leaving) {
+            (Some(held), true) => held.leave(),
+            (Some(held), false) => held.destroy(),
+            (None, _) => self.discard(),
+        }
+        self.events.close();
         drop(self);
         for reply in waiting {
             let _ = reply.send(());
         }
     }
 
-    fn add(&mut self, device: BlockDevice) -> Result<Info, SnapshotError> {
-        if self.info.state != State::Created {
-            return Err(SnapshotError::AlreadyTaken(self.info.id));
+    fn end(&mut self, reply: Sender<()>, leave: bool) {
+        self.leaving = leave;
+        self.destroying.push(reply);
+        if let Some(running) = &self.running {
+            running.cancel.cancel();
         }
-        if self.info.devices.iter().any(|known| known.id == device.id) {
+    }
+
+    /// Removes what storage there is of a snapshot that was never taken, or lost.
+    fn discard(&self) {
+        if let Some(pool) = &self.pool
+            && let Err(error) = pool.remove_kept()
+        {
+            tracing::warn!(%error, "a file of a destroyed snapshot stays");
+        }
+        // One that was lost stays until somebody has seen it.
+        if self.info.state == State::Lost
+            && !self.leaving
+            && let Some(directory) = &self.place.directory
+        {
+            super::held::remove(&directory.join(self.info.id.to_string()));
+        }
+    }
+
+    fn info_now(&self) -> Info {
+        let mut info = self.info.clone();
+        if let Some(pool) = &self.pool {
+            info.storage = pool.specs();
+            info.usage = Some(pool.usage());
+        }
+        info
+    }
+
+    pub(super) fn add(&mut self, device: Member) -> Result<Info, SnapshotError> {
+        let id = self.info.id;
+        if self.info.state != State::Created {
+            return Err(SnapshotError::AlreadyTaken(id));
+        }
+        if self.info.devices.iter().any(|known| known.id() == device.id()) {
             return Err(SnapshotError::AlreadyAdded {
-                device: device.path.display().to_string(),
-                snapshot: self.info.id,
+                device: device.shown(),
+                snapshot: id,
             });
         }
+        if self
+            .info
+            .devices
+            .iter()
+            .any(|known| known.filter() != device.filter())
+        {
+            return Err(SnapshotError::Mixed {
+                device: device.shown(),
+                snapshot: id,
+            });
+        }
+        if let (Member::Served(served), None) = (&device, &self.pool) {
+            self.pool = Some(self.make_pool(&[Arc::clone(served)])?);
+        }
         self.info.devices.push(device);
-        Ok(self.info.clone())
+        Ok(self.info_now())
+    }
+
+    fn make_pool(&self, devices: &[Arc<Served>]) -> Result<Arc<Pool>, SnapshotError> {
+        let options = pool_options(self.options.minimum, self.options.autogrow, devices);
+        let pool = Pool::new(options, pool_events(&self.events));
+        for spec in &self.info.storage {
+            pool.append(&kept(spec, self.info.id, self.options.promise))
+                .inspect_err(|_| {
+                    // Those before it.
+                    let _ = pool.remove_kept();
+                })?;
+        }
+        Ok(Arc::new(pool))
+    }
+
+    fn append(&mut self, spec: &StorageSpec) -> Result<Info, SnapshotError> {
+        let id = self.info.id;
+        match &self.pool {
+            Some(pool) => {
+                pool.append(&kept(spec, id, self.options.promise))?;
+                if let Some(held) = &mut self.held {
+                    held.storage_changed()?;
+                }
+            }
+            None if self.info.devices.is_empty() => self.info.storage.push(spec.clone()),
+            None => return Err(SnapshotError::NotAppendable(id)),
+        }
+        Ok(self.info_now())
     }
 
     fn take(&mut self, take: Take) {
@@ -198,13 +330,12 @@ impl Owner {
             let _ = take.reply.send(Err(error));
             return;
         }
-        let work = Work {
-            tracker: Arc::clone(&self.tracker),
-            storage: self.storage.clone(),
-            devices: self.info.devices.iter().map(|device| device.id).collect(),
-            options: take.options,
-            progress: take.progress,
-            cancel: take.cancel.clone(),
+        let work = match self.plan(&take) {
+            Ok(work) => work,
+            Err(error) => {
+                let _ = take.reply.send(Err(error));
+                return;
+            }
         };
         let finished = Finish {
             id: self.info.id,
@@ -232,17 +363,54 @@ impl Owner {
         }
     }
 
-    fn finish(&mut self, result: Result<Vec<Image>, SnapshotError>) {
+    /// How it is taken.
+    fn plan(&self, take: &Take) -> Result<Plan, SnapshotError> {
+        if let Some(pool) = &self.pool {
+            let served = |member: &Member| match member {
+                Member::Served(served) => Some(Arc::clone(served)),
+                Member::Tracked(_) => None,
+            };
+            return Ok(Plan::Hold(Hold {
+                id: self.info.id,
+                created: self.info.created,
+                devices: self.info.devices.iter().filter_map(served).collect(),
+                pool: Arc::clone(pool),
+                options: self.options.clone(),
+                place: self.place.clone(),
+                events: Arc::clone(&self.events),
+            }));
+        }
+        let [
+            StorageSpec::Directory {
+                path, limit: None, ..
+            },
+        ] = self.info.storage.as_slice()
+        else {
+            return Err(SnapshotError::OneDirectory(self.info.id));
+        };
+        let tracked = self.info.devices.iter().filter_map(Member::tracked);
+        Ok(Plan::Copy(Work {
+            tracker: Arc::clone(&self.tracker),
+            storage: DirStorage::open(path)?,
+            devices: tracked.cloned().collect(),
+            options: take.options.clone(),
+            progress: Arc::clone(&take.progress),
+            cancel: take.cancel.clone(),
+        }))
+    }
+
+    fn finish(&mut self, result: Result<Outcome, SnapshotError>) {
         let Some(running) = self.running.take() else {
             return;
         };
         let answer = match result {
-            Ok(images) => {
+            Ok(Outcome { images, held }) => {
                 self.info.state = State::Taken;
                 self.info.taken = Some(SystemTime::now());
-                self.info.devices = images.iter().map(|image| image.device.clone()).collect();
+                self.info.devices = images.iter().map(|image| image.member.clone()).collect();
                 self.info.images = images.into_iter().map(Arc::new).collect();
-                Ok(self.info.clone())
+                self.held = held;
+                Ok(self.info_now())
             }
             Err(error) => {
                 self.info.state = State::Created;
@@ -257,7 +425,7 @@ impl Owner {
 struct Finish {
     id: SnapshotId,
     queue: Sender<Command>,
-    result: Option<Result<Vec<Image>, SnapshotError>>,
+    result: Option<Result<Outcome, SnapshotError>>,
 }
 
 impl Drop for Finish {
@@ -269,10 +437,54 @@ impl Drop for Finish {
 }
 
 /// What the thread of a take does.
+enum Plan {
+    Copy(Work),
+    Hold(Hold),
+}
+
+impl Plan {
+    fn run(self) -> Result<Outcome, SnapshotError> {
+        match self {
+            Self::Copy(work) => work.run().map(|images| Outcome { images, held: None }),
+            Self::Hold(hold) => hold.run(),
+        }
+    }
+}
+
+/// A take of served devices.
+struct Hold {
+    id: SnapshotId,
+    created: SystemTime,
+    devices: Vec<Arc<Served>>,
+    pool: Arc<Pool>,
+    options: HoldOptions,
+    place: HoldPlace,
+    events: Arc<Events>,
+}
+
+impl Hold {
+    fn run(self) -> Result<Outcome, SnapshotError> {
+        let (held, images) = Held::take(
+            self.id,
+            self.created,
+            &self.devices,
+            self.pool,
+            &self.options,
+            &self.place,
+            &self.events,
+        )?;
+        Ok(Outcome {
+            images,
+            held: Some(held),
+        })
+    }
+}
+
+/// A take of devices that are copied.
 struct Work {
     tracker: Arc<Tracker>,
     storage: DirStorage,
-    devices: Vec<DeviceId>,
+    devices: Vec<BlockDevice>,
     options: TakeOptions,
     progress: Arc<dyn Progress>,
     cancel: CancelToken,
@@ -282,8 +494,8 @@ impl Work {
     fn run(self) -> Result<Vec<Image>, SnapshotError> {
         let mut targets = Vec::new();
         let mut files = Vec::new();
-        for id in &self.devices {
-            let device = self.tracker.device_for_take(*id)?;
+        for device in &self.devices {
+            let device = self.tracker.device_for_take(device.id)?;
             let size = device.device().capacity.bytes();
             let file = Arc::new(self.storage.create(size)?);
             targets.push(self.target(&device, &file, size)?);
@@ -329,8 +541,8 @@ fn image(device: &Arc<TrackedDevice>, file: Arc<File>, converged: Converged) -> 
     let device = device.device().clone();
     Image {
         size: device.capacity.bytes(),
-        device,
-        file,
+        member: Member::Tracked(device),
+        content: Content::Copy(file),
         taken: converged.taken,
         read_map: converged.read_map,
         consistency: converged.consistency,

@@ -1,57 +1,120 @@
 //! Registry: all snapshots of the agent.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
-use super::SnapshotError;
-use super::owner::{Command, Image, Info, Owner, Take, TakeOptions};
-use crate::disk::BlockDevice;
+use super::document::Document;
+use super::events::{EventData, Events, Waited};
+use super::held::{Held, HoldOptions, HoldPlace, remove};
+use super::owner::{Command, Image, Info, Owner, Start, State, Take, TakeOptions};
+use super::{Member, MemberId, SnapshotError};
 use crate::engine::{CancelToken, Progress};
-use crate::storage::DirStorage;
+use crate::filter::served::Served;
+use crate::storage::{DeviceExtent, Pool, StorageSpec};
 use crate::tracker::Tracker;
-use crate::units::{DeviceId, SnapshotId};
+use crate::units::SnapshotId;
 
-/// All snapshots. Calls block until they are done; only a take is long.
+/// A snapshot's owner, as others reach it.
+#[derive(Clone, Debug)]
+struct Handle {
+    queue: Sender<Command>,
+    events: Arc<Events>,
+}
+
+/// A snapshot that an agent before has left.
+#[derive(Debug)]
+pub struct Left {
+    directory: PathBuf,
+    document: Document,
+}
+
+impl Left {
+    /// Names of the served devices that it needs.
+    pub fn devices(&self) -> impl Iterator<Item = &str> {
+        self.document.members.iter().map(|member| member.name.as_str())
+    }
+}
+
+/// All snapshots. Calls block until they are done; only a take, and waiting for an event, are long.
 #[derive(Debug)]
 pub struct Snapshots {
     tracker: Arc<Tracker>,
-    /// The queues of the owners. Held for look-ups only, never while waiting for an answer.
-    owners: Mutex<BTreeMap<SnapshotId, Sender<Command>>>,
+    place: HoldPlace,
+    /// Held for look-ups only, never while waiting for an answer.
+    owners: Mutex<BTreeMap<SnapshotId, Handle>>,
 }
 
 impl Snapshots {
-    /// No snapshots, of the devices of `tracker`.
+    /// No snapshots, of the devices of `tracker`. Held ones are written down at `place`.
     #[must_use]
-    pub fn new(tracker: Arc<Tracker>) -> Self {
+    pub fn new(tracker: Arc<Tracker>, place: HoldPlace) -> Self {
         Self {
             tracker,
+            place,
             owners: Mutex::default(),
         }
     }
 
-    /// Creates a snapshot with the given devices; more can be added.
+    /// Creates a snapshot with the given devices; more can be added. `storage` is used in this order.
     ///
     /// # Errors
-    /// A device is not tracked or given twice. No snapshot is created then.
-    pub fn create(&self, devices: &[DeviceId], storage: DirStorage) -> Result<Info, SnapshotError> {
+    /// A device is not tracked or given twice, devices are of two kinds, or storage can't be used. No snapshot is
+    /// created then.
+    pub fn create(
+        &self,
+        devices: Vec<Member>,
+        storage: Vec<StorageSpec>,
+        options: HoldOptions,
+    ) -> Result<Info, SnapshotError> {
         let id = SnapshotId::new(Uuid::new_v4());
-        let mut list: Vec<BlockDevice> = Vec::new();
-        for device in devices {
-            let device = self.tracked(*device)?;
-            if list.iter().any(|known| known.id == device.id) {
-                return Err(SnapshotError::AlreadyAdded {
-                    device: device.path.display().to_string(),
-                    snapshot: id,
-                });
-            }
-            list.push(device);
+        let (owner, handle, commands) = self.owner(id, storage, options);
+        let mut owner = owner;
+        let added = devices.into_iter().try_fold((), |(), device| {
+            self.check(&device)?;
+            owner.add(device).map(|_| ())
+        });
+        self.start(owner, handle, commands)?;
+        if let Err(error) = added {
+            // It may have storage already.
+            let _ = self.destroy(id);
+            return Err(error);
         }
+        self.info(id)
+    }
+
+    fn owner(
+        &self,
+        id: SnapshotId,
+        storage: Vec<StorageSpec>,
+        options: HoldOptions,
+    ) -> (Owner, Handle, std::sync::mpsc::Receiver<Command>) {
         let (queue, commands) = channel();
-        let owner = Owner::new(id, list, Arc::clone(&self.tracker), storage, queue.clone());
-        let info = owner.info.clone();
+        let events = Arc::new(Events::default());
+        let owner = Owner::new(Start {
+            id,
+            storage,
+            options,
+            place: self.place.clone(),
+            tracker: Arc::clone(&self.tracker),
+            events: Arc::clone(&events),
+            queue: queue.clone(),
+        });
+        (owner, Handle { queue, events }, commands)
+    }
+
+    fn start(
+        &self,
+        owner: Owner,
+        handle: Handle,
+        commands: std::sync::mpsc::Receiver<Command>,
+    ) -> Result<(), SnapshotError> {
+        let id = owner.info.id;
         std::thread::Builder::new()
             .name("blksnap-snapshot".to_owned())
             .spawn(move || owner.run(&commands))
@@ -59,18 +122,107 @@ impl Snapshots {
                 tracing::error!(%source, "can't start the thread of a snapshot");
                 SnapshotError::Defect(id)
             })?;
-        self.owners().insert(id, queue);
-        Ok(info)
+        self.owners().insert(id, handle);
+        Ok(())
+    }
+
+    /// What agents before this one have left, oldest first. What can't be read is told in the log and left alone.
+    #[must_use]
+    pub fn left(&self) -> Vec<Left> {
+        let Some(directory) = &self.place.directory else {
+            return Vec::new();
+        };
+        let mut all = Vec::new();
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            let directory = entry.path();
+            match Document::read(&directory) {
+                Ok(Some(document)) => all.push(Left { directory, document }),
+                // A take that did not come to its end: nobody was told of it.
+                Ok(None) => remove(&directory),
+                Err(error) => tracing::error!(%error, "a snapshot of the agent before can't be read"),
+            }
+        }
+        all.sort_by_key(|left| (left.document.taken, left.document.id));
+        all
+    }
+
+    /// Goes on with what an agent before has left. `served` finds a device by its name; nothing may have been written
+    /// to it yet. A snapshot that can't go on is there, too, and says why.
+    ///
+    /// # Errors
+    /// The snapshot's thread can't be started.
+    pub fn resume(
+        &self,
+        left: Left,
+        options: &HoldOptions,
+        served: &dyn Fn(&str) -> Option<Arc<Served>>,
+    ) -> Result<Info, SnapshotError> {
+        let Left { directory, document } = left;
+        let id = document.id;
+        let (mut owner, handle, commands) = self.owner(id, document.storage.clone(), options.clone());
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        owner.info.created = at(document.created);
+        owner.info.taken = Some(at(document.taken));
+        let found: Vec<_> = document
+            .members
+            .iter()
+            .map(|member| served(&member.name))
+            .collect();
+        owner.info.devices = found.iter().flatten().cloned().map(Member::Served).collect();
+        let devices: Option<Vec<_>> = found.into_iter().collect();
+        let resumed = match devices {
+            None => Err("a device of it is not served any more".to_owned()),
+            Some(devices) => Held::resume(
+                &directory,
+                document,
+                &devices,
+                &self.place,
+                options,
+                &owner.events,
+            )
+            .map_err(|error| error.to_string()),
+        };
+        match resumed {
+            Ok((held, images)) => {
+                owner.info.state = State::Taken;
+                owner.info.images = images.into_iter().map(Arc::new).collect();
+                owner.pool = Some(Arc::clone(held.pool()));
+                owner.held = Some(held);
+            }
+            Err(why) => {
+                owner.info.state = State::Lost;
+                for member in &owner.info.devices {
+                    owner.events.send(EventData::Corrupted {
+                        device: member.shown(),
+                        major: 0,
+                        minor: 0,
+                        errno: nix::errno::Errno::EIO as i32,
+                        reason: why.clone(),
+                    });
+                }
+                owner.info.lost = Some(why);
+            }
+        }
+        self.start(owner, handle, commands)?;
+        self.info(id)
     }
 
     /// Adds a device to a snapshot that is not taken yet.
     ///
     /// # Errors
-    /// No such snapshot, taken already, or the device is not tracked or in it.
-    pub fn add(&self, id: SnapshotId, device: DeviceId) -> Result<Info, SnapshotError> {
+    /// No such snapshot, taken already, or the device is not tracked or in it, or of another kind.
+    pub fn add(&self, id: SnapshotId, device: Member) -> Result<Info, SnapshotError> {
         let queue = self.queue(id)?;
-        let device = self.tracked(device)?;
+        self.check(&device)?;
         ask(id, &queue, |reply| Command::Add(device, reply))?
+    }
+
+    /// Adds difference storage, also while the snapshot is held.
+    ///
+    /// # Errors
+    /// No such snapshot, the storage can't be used, or the snapshot's devices are copied.
+    pub fn append(&self, id: SnapshotId, storage: StorageSpec) -> Result<Info, SnapshotError> {
+        ask(id, &self.queue(id)?, |reply| Command::Append(storage, reply))?
     }
 
     /// Takes a snapshot: all its devices at one instant. If it fails, it can be tried again.
@@ -102,19 +254,55 @@ impl Snapshots {
         ask(id, &self.queue(id)?, Command::Info)
     }
 
+    /// Where the difference storage of a snapshot is now, in sectors of block devices. Empty if its devices are copied.
+    ///
+    /// # Errors
+    /// No such snapshot, or the storage is in no block device, or nobody can tell where.
+    pub fn storage_extents(&self, id: SnapshotId) -> Result<Vec<DeviceExtent>, SnapshotError> {
+        let pool: Option<Arc<Pool>> = ask(id, &self.queue(id)?, Command::Pool)?;
+        match pool {
+            Some(pool) => Ok(pool.extents()?),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Takes the oldest event of a snapshot, or waits for one, as long as `interrupted` says no.
+    ///
+    /// # Errors
+    /// No such snapshot.
+    pub fn wait_event(
+        &self,
+        id: SnapshotId,
+        timeout: Duration,
+        interrupted: &dyn Fn() -> bool,
+    ) -> Result<Waited, SnapshotError> {
+        let handle = self.owners().get(&id).cloned();
+        Ok(handle
+            .ok_or(SnapshotError::Unknown(id))?
+            .events
+            .wait(timeout, interrupted))
+    }
+
+    /// Events of a snapshot: those that nobody has taken, and those sent so far, by code.
+    #[must_use]
+    pub fn events(&self, id: SnapshotId) -> Option<(usize, [u64; 2])> {
+        let handle = self.owners().get(&id).cloned()?;
+        Some((handle.events.pending(), handle.events.sent()))
+    }
+
     /// The image of a device in a snapshot.
     ///
     /// # Errors
     /// No such snapshot, not taken, or the device is not in it.
-    pub fn image(&self, id: SnapshotId, device: DeviceId) -> Result<Arc<Image>, SnapshotError> {
+    pub fn image(&self, id: SnapshotId, device: &MemberId) -> Result<Arc<Image>, SnapshotError> {
         let info = self.info(id)?;
         if info.images.is_empty() {
             return Err(SnapshotError::NotTaken(id));
         }
         let mut images = info.images.into_iter();
         images
-            .find(|image| image.device.id == device)
-            .ok_or(SnapshotError::NotTracked(device))
+            .find(|image| image.member.id() == *device)
+            .ok_or(SnapshotError::NotInSnapshot(id))
     }
 
     /// All snapshots, in the order of their creation.
@@ -132,38 +320,51 @@ impl Snapshots {
     /// # Errors
     /// No such snapshot.
     pub fn destroy(&self, id: SnapshotId) -> Result<(), SnapshotError> {
+        self.end(id, Command::Destroy)
+    }
+
+    /// Releases all snapshots. Those that are held and written down are left for the next agent.
+    pub fn leave_all(&self) {
+        let ids: Vec<SnapshotId> = self.owners().keys().copied().collect();
+        for id in ids {
+            // Somebody else may have done it.
+            let _ = self.end(id, Command::Leave);
+        }
+    }
+
+    fn end(&self, id: SnapshotId, how: impl FnOnce(Sender<()>) -> Command) -> Result<(), SnapshotError> {
         let queue = self.queue(id)?;
-        let done = ask(id, &queue, Command::Destroy);
+        let done = ask(id, &queue, how);
         self.owners().remove(&id);
         done
     }
 
-    /// Releases all snapshots.
-    pub fn destroy_all(&self) {
-        let ids: Vec<SnapshotId> = self.owners().keys().copied().collect();
-        for id in ids {
-            // Somebody else may have done it.
-            let _ = self.destroy(id);
+    /// Whether a device can be taken at all.
+    fn check(&self, member: &Member) -> Result<(), SnapshotError> {
+        match member {
+            Member::Tracked(device) => self
+                .tracker
+                .device(device.id)
+                .map(|_| ())
+                .ok_or(SnapshotError::NotTracked(device.id)),
+            Member::Served(_) => Ok(()),
         }
     }
 
-    fn tracked(&self, id: DeviceId) -> Result<BlockDevice, SnapshotError> {
-        let device = self.tracker.device(id).ok_or(SnapshotError::NotTracked(id))?;
-        Ok(device.device().clone())
-    }
-
     fn queue(&self, id: SnapshotId) -> Result<Sender<Command>, SnapshotError> {
-        self.owners().get(&id).cloned().ok_or(SnapshotError::Unknown(id))
+        let owners = self.owners();
+        let handle = owners.get(&id).ok_or(SnapshotError::Unknown(id))?;
+        Ok(handle.queue.clone())
     }
 
-    fn owners(&self) -> MutexGuard<'_, BTreeMap<SnapshotId, Sender<Command>>> {
+    fn owners(&self) -> MutexGuard<'_, BTreeMap<SnapshotId, Handle>> {
         self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Snapshots {
     fn drop(&mut self) {
-        self.destroy_all();
+        self.leave_all();
     }
 }
 

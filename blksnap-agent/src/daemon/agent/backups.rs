@@ -10,6 +10,7 @@ use crate::backup::{self, BackupError, Control, ImageSource, Mode, Report, Sidec
 use crate::control::api;
 use crate::control::error::{ApiError, Code};
 use crate::control::stream::Reporter;
+use crate::snapshot::{Content, MemberId};
 use crate::units::SnapshotId;
 
 impl Agent {
@@ -88,8 +89,15 @@ impl Agent {
         let device = Self::open(&request.device, "back up")?;
         let image = self
             .snapshots
-            .image(id, device.id)
+            .image(id, &MemberId::Device(device.id))
             .map_err(|error| error.tell(action))?;
+        let (Content::Copy(file), Some(tracked)) = (&image.content, image.member.tracked()) else {
+            return Err(ApiError::new(
+                Code::Unsupported,
+                format!("{action}: the image is no file"),
+                "copy it with an NBD client, such as nbdcopy",
+            ));
+        };
         let (progress, cancel, _guard) = listen(reporter);
         let read_map = image.read_map.as_ref().ok_or_else(|| {
             ApiError::new(
@@ -101,15 +109,15 @@ impl Agent {
         let began = Instant::now();
         let report = backup::from_image(
             ImageSource {
-                device: &SidecarDevice::of(&image.device),
-                image: &image.file,
+                device: &SidecarDevice::of(tracked),
+                image: file,
                 read_map,
                 consistency: image.consistency,
                 frozen: image.frozen,
             },
             Path::new(&request.target),
             request.incremental,
-            |target| target.check_not_on(&image.device),
+            |target| target.check_not_on(tracked),
             Control {
                 progress: &*progress,
                 cancel: &cancel,

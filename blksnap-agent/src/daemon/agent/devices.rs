@@ -1,6 +1,7 @@
 //! Devices: attach, detach, status, and the change maps.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use axum::body::Bytes;
@@ -8,7 +9,7 @@ use blksnap_common::track::OpKind;
 
 use super::super::errors::Tell as _;
 use super::{Agent, Purpose};
-use crate::cbt::{Base, CbtMap, ChangedReport, FullReason, Heat, ResetReason};
+use crate::cbt::{Base, CbtInfo, CbtMap, ChangedReport, FullNeeded, FullReason, Heat, ReadMap, ResetReason};
 use crate::control::api;
 use crate::control::error::{ApiError, Code};
 use crate::control::server::MapPieces;
@@ -111,24 +112,11 @@ impl Agent {
         tracked.refresh();
         tracked.check_doubt();
         let (info, active) = tracked.with_map(|map| (map.info(), map.active()));
-        api::CbtInfo {
-            device: tracked.device().path.display().to_string(),
-            device_capacity: info.device_capacity,
-            block_size: info.block_size,
-            block_count: info.block_count,
-            generation_id: info.generation,
-            changes_number: info.changes_number,
-            active_number: active,
-            dirty_blocks: info.dirty_blocks,
-            began: info.began,
-            corrupted: info.corrupted,
-        }
+        cbt_facts(&tracked.device().path, &info, active)
     }
 
     pub(super) fn changes(&self, request: &api::ChangesQuery) -> Result<ChangedReport, ApiError> {
-        let device = self.tracked(&request.device, "list the changes of")?;
-        device.check_doubt();
-        let map = device.with_map(CbtMap::frozen);
+        let map = self.frozen(&request.device, "list the changes of")?;
         match (request.generation, request.number) {
             (Some(generation), Some(number)) => Ok(ChangedReport::since(map, &Base { generation, number })),
             (None, None) => Ok(ChangedReport::last(map)),
@@ -142,9 +130,7 @@ impl Agent {
 
     pub(super) fn read_map(&self, request: &api::MapQuery) -> Result<MapPieces, ApiError> {
         let action = "read the change map of";
-        let device = self.tracked(&request.device, action)?;
-        device.check_doubt();
-        let map = device.with_map(CbtMap::frozen).map_err(|full| {
+        let map = self.frozen(&request.device, action)?.map_err(|full| {
             let (code, remedy) = match full.reason {
                 FullReason::NotTaken => (
                     Code::NoTake,
@@ -185,15 +171,47 @@ impl Agent {
     }
 
     pub(super) fn heat(&self, request: &api::HeatQuery) -> Result<api::Heat, ApiError> {
+        let most = request.buckets.unwrap_or(DEFAULT_BUCKETS);
+        if let Some(served) = self.served.find(&request.device) {
+            let changes = served.changes();
+            let heat = Heat::new(&changes.info(), changes.active(), &changes.map_blocks(), most);
+            let device = served.path().display().to_string();
+            return Ok(api::Heat { device, heat });
+        }
         let device = self.tracked(&request.device, "draw the heat of")?;
         device.refresh();
         device.check_doubt();
-        let most = request.buckets.unwrap_or(DEFAULT_BUCKETS);
         let (info, active, blocks) = device.with_map(|map| (map.info(), map.active(), map.blocks().clone()));
         let heat = Heat::new(&info, active, &blocks, most);
         Ok(api::Heat {
             device: device.device().path.display().to_string(),
             heat,
         })
+    }
+
+    /// The map of the last take of a served or tracked device.
+    fn frozen(&self, path: &str, action: &str) -> Result<Result<Arc<ReadMap>, FullNeeded>, ApiError> {
+        if let Some(served) = self.served.find(path) {
+            return Ok(served.changes().frozen());
+        }
+        let device = self.tracked(path, action)?;
+        device.check_doubt();
+        Ok(device.with_map(CbtMap::frozen))
+    }
+}
+
+/// The facts about a change map in the words of the control interface.
+pub(super) fn cbt_facts(path: &Path, info: &CbtInfo, active: u8) -> api::CbtInfo {
+    api::CbtInfo {
+        device: path.display().to_string(),
+        device_capacity: info.device_capacity,
+        block_size: info.block_size,
+        block_count: info.block_count,
+        generation_id: info.generation,
+        changes_number: info.changes_number,
+        active_number: active,
+        dirty_blocks: info.dirty_blocks,
+        began: info.began,
+        corrupted: info.corrupted,
     }
 }

@@ -11,6 +11,7 @@ mod metrics;
 mod nbd;
 mod plan;
 mod seals;
+mod served;
 mod snapshots;
 
 use std::path::{Path, PathBuf};
@@ -19,9 +20,11 @@ use std::sync::Arc;
 use blksnap_common::track::ABI_VERSION;
 
 use self::claims::{Claim, Claimed, Claims, Purpose};
+use self::devices::cbt_facts;
 use self::metrics::Takes;
 use self::nbd::NbdView;
 use self::seals::Recorded;
+use self::served::ServedList;
 use super::doctor;
 use super::errors::Tell as _;
 use super::lifecycle::Config;
@@ -33,8 +36,8 @@ use crate::control::stream::Reporter;
 use crate::disk::BlockDevice;
 use crate::nbd::registry::Exports;
 use crate::nbd::server::Server;
-use crate::seal::Seals;
-use crate::snapshot::Snapshots;
+use crate::seal::{Seals, shutdown};
+use crate::snapshot::{HoldOptions, HoldPlace, Snapshots};
 use crate::tracker::{Granularity, TrackedDevice, Tracker};
 use crate::units::SnapshotId;
 
@@ -46,7 +49,13 @@ pub struct Agent {
     /// Most memory that tracking one device may take, in bytes.
     memory_limit: u64,
     snapshots: Snapshots,
+    hold_options: HoldOptions,
+    served: ServedList,
     storage: PathBuf,
+    /// The state directory.
+    state: PathBuf,
+    /// The boot that this is; empty if the kernel does not say.
+    boot: String,
     nbd_socket: PathBuf,
     exports: Arc<Exports>,
     nbd: NbdView,
@@ -63,8 +72,17 @@ impl Agent {
         nbd: &Server,
         seals: Seals,
     ) -> Self {
+        let boot = shutdown::boot(&config.seal.roots.boot).unwrap_or_default();
+        let place = HoldPlace {
+            directory: Some(config.seal.directory.join("snapshots")),
+            boot: boot.clone(),
+        };
         Self {
-            snapshots: Snapshots::new(Arc::clone(&tracker)),
+            snapshots: Snapshots::new(Arc::clone(&tracker), place),
+            hold_options: HoldOptions::default(),
+            served: ServedList::default(),
+            state: config.seal.directory.clone(),
+            boot,
             tracker,
             recorded: Recorded::new(seals),
             parameters: config.parameters,
@@ -228,6 +246,10 @@ impl Service for Agent {
     }
 
     fn cbt_info(&self, request: &api::DeviceName) -> Result<api::CbtInfo, ApiError> {
+        if let Some(served) = self.served.find(&request.device) {
+            let changes = served.changes();
+            return Ok(cbt_facts(served.path(), &changes.info(), changes.active()));
+        }
         let device = self.tracked(&request.device, "show the change map of")?;
         Ok(Self::cbt_of(&device))
     }
@@ -283,6 +305,43 @@ impl Service for Agent {
 
     fn snapshot_destroy(&self, id: SnapshotId) -> Result<(), ApiError> {
         self.destroy_snapshot(id)
+    }
+
+    fn snapshot_append(
+        &self,
+        id: SnapshotId,
+        request: &api::AppendStorage,
+    ) -> Result<api::Snapshot, ApiError> {
+        self.append_storage(id, request)
+    }
+
+    fn snapshot_storage(&self, id: SnapshotId) -> Result<api::StorageExtents, ApiError> {
+        let extents = self
+            .snapshots
+            .storage_extents(id)
+            .map_err(|error| error.tell("show where the difference storage is"))?;
+        Ok(api::StorageExtents { extents })
+    }
+
+    fn snapshot_wait(
+        &self,
+        id: SnapshotId,
+        request: &api::WaitEvent,
+        reporter: &Reporter,
+    ) -> Result<api::WaitedEvent, ApiError> {
+        self.wait_for_event(id, request, reporter)
+    }
+
+    fn served(&self) -> Result<api::ServedDevices, ApiError> {
+        Ok(self.list_served())
+    }
+
+    fn serve(&self, request: &api::Serve) -> Result<api::ServedDevice, ApiError> {
+        self.serve_device(request)
+    }
+
+    fn unserve(&self, name: &str) -> Result<(), ApiError> {
+        self.unserve_device(name)
     }
 
     fn backup(&self, request: &api::Backup, reporter: &Reporter) -> Result<api::BackupResult, ApiError> {

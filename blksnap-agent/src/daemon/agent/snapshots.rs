@@ -1,7 +1,7 @@
 //! Snapshots: the registry's calls in the words of the control interface, and the images as exports.
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -13,9 +13,14 @@ use crate::control::error::{ApiError, Code};
 use crate::control::stream::{OnCancel, Reporter};
 use crate::engine::{CancelToken, Phase, Progress};
 use crate::filter::converge::{Consistency, Hook, Limits};
+use crate::nbd::cow::HeldExport;
+use crate::nbd::export::Export;
 use crate::nbd::file::FileExport;
-use crate::snapshot::{Image, Info, State, TakeOptions};
-use crate::storage::{DirStorage, stored_bytes};
+use crate::nbd::registry::RegistryError;
+use crate::snapshot::{
+    Content, Event, EventData, HoldOptions, Image, Info, Member, SnapshotError, State, TakeOptions, Waited,
+};
+use crate::storage::{SpecError, StorageSpec, stored_bytes};
 use crate::units::SnapshotId;
 
 impl Agent {
@@ -45,31 +50,86 @@ impl Agent {
 
     /// A new snapshot, and its devices, which are detached again unless they are kept.
     fn create(&self, request: &api::CreateSnapshot) -> Result<(Info, Vec<Ensured<'_>>), ApiError> {
-        let storage = self.storage(request.storage.as_deref())?;
-        let ensured = request
-            .devices
-            .iter()
-            .map(|path| self.ensure_tracked(path, Purpose::Take, "snapshot"))
-            .collect::<Result<Vec<_>, _>>()?;
-        let ids: Vec<_> = ensured.iter().map(|ensured| ensured.device.device().id).collect();
+        let storage = self.storage(&request.storage)?;
+        let options = HoldOptions {
+            promise: request.promise.unwrap_or_default(),
+            minimum: request.minimum.unwrap_or(self.hold_options.minimum),
+            autogrow: !request.no_autogrow,
+            ..self.hold_options.clone()
+        };
+        let mut ensured = Vec::new();
+        let mut members = Vec::new();
+        for path in &request.devices {
+            let (member, guard) = self.member(path, "snapshot")?;
+            members.push(member);
+            ensured.extend(guard);
+        }
+        let count = members.len();
         let info = self
             .snapshots
-            .create(&ids, storage)
+            .create(members, storage, options)
             .map_err(|error| error.tell("create a snapshot"))?;
-        tracing::info!(snapshot = %info.id, devices = ids.len(), storage = %info.storage.display(), "snapshot created");
+        tracing::info!(snapshot = %info.id, devices = count, storage = %places(&info).join(" "), "snapshot created");
         Ok((info, ensured))
     }
 
-    fn storage(&self, directory: Option<&str>) -> Result<DirStorage, ApiError> {
-        let path = directory.map_or(&*self.storage, Path::new);
-        if !path.is_absolute() {
-            return Err(ApiError::new(
-                Code::InvalidRequest,
-                format!("store in {}: not an absolute path", path.display()),
-                "give the whole path of a directory",
-            ));
+    /// A device of a snapshot: one that is served, or one that is tracked from now on.
+    fn member(&self, path: &str, action: &str) -> Result<(Member, Option<Ensured<'_>>), ApiError> {
+        if let Some(served) = self.served.find(path) {
+            return Ok((Member::Served(served), None));
         }
-        DirStorage::open(path).map_err(|error| error.tell("create a snapshot"))
+        let ensured = self.ensure_tracked(path, Purpose::Take, action)?;
+        Ok((Member::Tracked(ensured.device.device().clone()), Some(ensured)))
+    }
+
+    fn storage(&self, given: &[String]) -> Result<Vec<StorageSpec>, ApiError> {
+        if given.is_empty() {
+            return Ok(vec![StorageSpec::Directory {
+                path: self.storage.clone(),
+                limit: None,
+                keep: None,
+            }]);
+        }
+        given.iter().map(|text| storage_spec(text)).collect()
+    }
+
+    pub(super) fn append_storage(
+        &self,
+        id: SnapshotId,
+        request: &api::AppendStorage,
+    ) -> Result<api::Snapshot, ApiError> {
+        let spec = storage_spec(&request.storage)?;
+        let info = self
+            .snapshots
+            .append(id, spec)
+            .map_err(|error| error.tell(format_args!("add storage to {id}")))?;
+        tracing::info!(snapshot = %id, storage = request.storage, "storage added");
+        Ok(self.describe(&info))
+    }
+
+    pub(super) fn wait_for_event(
+        &self,
+        id: SnapshotId,
+        request: &api::WaitEvent,
+        reporter: &Reporter,
+    ) -> Result<api::WaitedEvent, ApiError> {
+        let action = format!("wait for an event of {id}");
+        let (_, cancel, _guard) = listen(reporter);
+        let timeout = Duration::from_millis(request.timeout_ms);
+        let waited = self
+            .snapshots
+            .wait_event(id, timeout, &|| cancel.is_requested())
+            .map_err(|error| error.tell(&action))?;
+        match waited {
+            Waited::Event(event) => Ok(described(event)),
+            Waited::TimedOut => Ok(api::WaitedEvent::None),
+            Waited::Interrupted => Err(ApiError::new(
+                Code::Cancelled,
+                format!("{action}: interrupted"),
+                "wait again",
+            )),
+            Waited::Gone => Err(SnapshotError::Unknown(id).tell(&action)),
+        }
     }
 
     pub(super) fn add_to_snapshot(
@@ -80,12 +140,12 @@ impl Agent {
         let action = format!("add {}", request.device);
         // Nothing is attached for a snapshot that is not there.
         self.snapshots.info(id).map_err(|error| error.tell(&action))?;
-        let ensured = self.ensure_tracked(&request.device, Purpose::Take, "add")?;
+        let (member, ensured) = self.member(&request.device, "add")?;
         let info = self
             .snapshots
-            .add(id, ensured.device.device().id)
+            .add(id, member)
             .map_err(|error| error.tell(&action))?;
-        ensured.keep();
+        ensured.into_iter().for_each(Ensured::keep);
         Ok(self.describe(&info))
     }
 
@@ -98,7 +158,7 @@ impl Agent {
         let action = format!("take {id}");
         let options = take_options(limits, &action)?;
         let info = self.snapshots.info(id).map_err(|error| error.tell(&action))?;
-        let devices: Vec<_> = info.devices.iter().collect();
+        let devices: Vec<_> = info.devices.iter().filter_map(Member::tracked).collect();
         let _claim = self.claim(&devices, Purpose::Take, "take a snapshot of")?;
         self.take(id, options, &action, reporter)
     }
@@ -151,11 +211,8 @@ impl Agent {
             .unwrap_or_default();
         self.takes.succeeded(frozen.as_secs_f64(), copied);
         tracing::info!(snapshot = %id, copied, ?frozen, "snapshot taken");
-        for image in &info.images {
-            self.exports
-                .add(Arc::new(export(id, image)))
-                .map_err(|error| ApiError::of(Code::Io, action, &error))?;
-        }
+        self.offer(&info)
+            .map_err(|error| ApiError::of(Code::Io, action, &error))?;
         // One that was destroyed meanwhile must not be offered.
         self.snapshots.info(id).map_err(|error| {
             self.remove_exports(id);
@@ -181,12 +238,24 @@ impl Agent {
         }
     }
 
-    /// Releases everything, at the end of the daemon.
-    pub(in crate::daemon) fn end(&self) {
+    /// Exports the images of a snapshot.
+    pub(super) fn offer(&self, info: &Info) -> Result<(), RegistryError> {
+        let mut images = info.images.iter();
+        images.try_for_each(|image| self.exports.add(export(info.id, image)))
+    }
+
+    /// Offers nothing any more, at the end of the daemon.
+    pub(in crate::daemon) fn withdraw(&self) {
         for name in self.exports.names() {
             self.exports.remove(&name);
         }
-        self.snapshots.destroy_all();
+    }
+
+    /// Releases everything, after the last request has ended. Held snapshots are left for the next daemon.
+    pub(in crate::daemon) fn end(&self) {
+        self.close_served();
+        self.snapshots.leave_all();
+        self.stop_served();
     }
 
     fn describe(&self, info: &Info) -> api::Snapshot {
@@ -194,31 +263,53 @@ impl Agent {
             .devices
             .iter()
             .map(|device| api::SnapshotDevice {
-                device: device.path.display().to_string(),
-                name: device.name.clone(),
-                id: device.id,
-                capacity: device.capacity.bytes(),
+                device: device.shown(),
+                name: device.name().to_owned(),
+                id: device.device_id(),
+                capacity: device.size(),
                 image: info
                     .images
                     .iter()
-                    .find(|image| image.device.id == device.id)
+                    .find(|image| image.member.id() == device.id())
                     .map(|image| self.describe_image(info.id, image)),
             })
             .collect();
+        let broken = devices
+            .iter()
+            .filter_map(|device| device.image.as_ref())
+            .find(|image| image.error_code != 0);
+        let reason = info.lost.clone().or_else(|| {
+            let error = std::io::Error::from_raw_os_error(broken?.error_code);
+            Some(format!("old data could not be kept: {error}"))
+        });
         api::Snapshot {
             id: info.id,
             state: match info.state {
                 State::Created => api::SnapshotState::Created,
                 State::Taking => api::SnapshotState::Taking,
-                State::Taken => api::SnapshotState::Taken,
+                State::Taken if broken.is_none() => api::SnapshotState::Taken,
+                State::Taken | State::Lost => api::SnapshotState::Corrupted,
             },
             created: seconds(info.created),
             taken: info.taken.map(seconds),
-            storage: info.storage.display().to_string(),
-            storage_bytes: devices
-                .iter()
-                .filter_map(|device| Some(device.image.as_ref()?.stored_bytes))
-                .sum(),
+            filter: info
+                .devices
+                .first()
+                .map(|device| device.filter().label().to_owned()),
+            storage: places(info),
+            storage_bytes: match &info.usage {
+                Some(usage) => usage.used,
+                None => devices
+                    .iter()
+                    .filter_map(|device| Some(device.image.as_ref()?.stored_bytes))
+                    .sum(),
+            },
+            usage: info.usage,
+            events: self
+                .snapshots
+                .events(info.id)
+                .map_or(0, |(pending, _)| pending as u64),
+            reason,
             devices,
         }
     }
@@ -233,29 +324,93 @@ impl Agent {
             ),
             export,
             size: image.size,
-            // A file whose size can't be asked for is shown as empty rather than not at all.
-            stored_bytes: stored_bytes(&image.file).unwrap_or_default(),
+            stored_bytes: match &image.content {
+                // A file whose size can't be asked for is shown as empty rather than not at all.
+                Content::Copy(file) => stored_bytes(file).unwrap_or_default(),
+                Content::Held(held) => held.image().store().preserved(),
+            },
             taken: api::Base {
                 generation: image.taken.generation,
                 number: image.taken.number,
             },
             consistency: consistency(image.consistency),
             frozen_seconds: image.frozen.as_secs_f64(),
-            error_code: 0,
+            error_code: match &image.content {
+                Content::Copy(_) => 0,
+                Content::Held(held) => held.image().state().ok().flatten().unwrap_or(0),
+            },
         }
     }
 }
 
 fn export_name(id: SnapshotId, image: &Image) -> String {
-    format!("{id}/{}", image.device.name)
+    format!("{id}/{}", image.member.name())
 }
 
-fn export(id: SnapshotId, image: &Image) -> FileExport {
-    let export = FileExport::new(export_name(id, image), Arc::clone(&image.file), image.size)
-        .with_description(format!("{} as of snapshot {id}", image.device.path.display()));
-    match &image.read_map {
-        Some(map) => export.with_changes(Arc::clone(map)),
-        None => export,
+fn export(id: SnapshotId, image: &Image) -> Arc<dyn Export> {
+    let name = export_name(id, image);
+    let description = format!("{} as of snapshot {id}", image.member.shown());
+    match &image.content {
+        Content::Copy(file) => {
+            let export = FileExport::new(name, Arc::clone(file), image.size).with_description(description);
+            Arc::new(match &image.read_map {
+                Some(map) => export.with_changes(Arc::clone(map)),
+                None => export,
+            })
+        }
+        Content::Held(held) => {
+            let export = HeldExport::new(name, description, held.clone());
+            Arc::new(match &image.read_map {
+                Some(map) => export.with_changes(Arc::clone(map)),
+                None => export,
+            })
+        }
+    }
+}
+
+/// The difference storage of a snapshot as text.
+fn places(info: &Info) -> Vec<String> {
+    info.storage.iter().map(ToString::to_string).collect()
+}
+
+fn storage_spec(text: &str) -> Result<StorageSpec, ApiError> {
+    text.parse().map_err(|error: SpecError| {
+        ApiError::new(
+            Code::InvalidRequest,
+            format!("store in {text}: {error}"),
+            "give the whole path of a directory, a file or a block device, or memory:SIZE",
+        )
+    })
+}
+
+fn described(event: Event) -> api::WaitedEvent {
+    let since = event
+        .time
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    let time_us = u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
+    let code = event.data.code();
+    match event.data {
+        EventData::LowFreeSpace { requested } => api::WaitedEvent::LowFreeSpace {
+            time_us,
+            code,
+            requested_nr_sect: requested.count(),
+        },
+        EventData::Corrupted {
+            device,
+            major,
+            minor,
+            errno,
+            reason,
+        } => api::WaitedEvent::Corrupted {
+            time_us,
+            code,
+            device,
+            dev_id_mj: major,
+            dev_id_mn: minor,
+            err_code: errno,
+            reason,
+        },
     }
 }
 

@@ -229,6 +229,18 @@ impl Changes {
         self.lock().map.info()
     }
 
+    /// Number of the open period.
+    #[must_use]
+    pub fn active(&self) -> u8 {
+        self.lock().map.active()
+    }
+
+    /// The bytes of the live map.
+    #[must_use]
+    pub fn map_blocks(&self) -> crate::cbt::Blocks {
+        self.lock().map.blocks().clone()
+    }
+
     fn blocks(&self, offset: u64, length: u64) -> Option<(u64, u64)> {
         let last = offset.checked_add(length.checked_sub(1)?)?;
         let count = self.block_size.blocks_in(self.capacity);

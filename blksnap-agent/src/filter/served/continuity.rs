@@ -69,6 +69,24 @@ pub struct Left {
     pub stopped: Option<Facts>,
 }
 
+/// The lease that the agent before left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leased {
+    /// Its end in nanoseconds of the wall clock.
+    pub until: u64,
+    /// It was made durable before the writes that it covers: it counts after a power cut, too.
+    pub durable: bool,
+}
+
+/// What is proven.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proof {
+    /// The disk is as the agent left it, and so are the files in which it noted changes.
+    Everything,
+    /// Nobody else wrote to the disk, but notes that were not durable may be lost with the page cache.
+    DiskOnly,
+}
+
 /// Why nothing can be said of what happened to the disk.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unproven {
@@ -97,12 +115,11 @@ pub enum Unproven {
     NoLease,
 }
 
-/// Whether nobody but the agent has written to the disk since it was opened. `lease` is the end of its lease, `boot` the
-/// boot of now.
+/// Whether nobody but the agent has written to the disk since it was opened. `boot` is the boot of now.
 ///
 /// # Errors
 /// That is not proven.
-pub fn prove(left: &Left, now: &Facts, lease: Option<u64>, boot: &str) -> Result<(), Unproven> {
+pub fn prove(left: &Left, now: &Facts, lease: Option<Leased>, boot: &str) -> Result<Proof, Unproven> {
     let before = &left.opened;
     if (before.device, before.inode, before.block_device) != (now.device, now.inode, now.block_device) {
         return Err(Unproven::Other);
@@ -116,16 +133,21 @@ pub fn prove(left: &Left, now: &Facts, lease: Option<u64>, boot: &str) -> Result
     if now.block_device {
         return Err(Unproven::BlockDevice);
     }
-    match &left.stopped {
-        Some(stopped) if stopped == now => Ok(()),
-        Some(_) => Err(Unproven::Written),
-        // Killed: what it wrote, and its notes of it, are in the page cache of the same boot.
-        None if left.boot != boot || boot.is_empty() => Err(Unproven::Boot),
-        None => match lease {
-            None => Err(Unproven::NoLease),
-            Some(until) if now.modified <= until => Ok(()),
-            Some(_) => Err(Unproven::Written),
-        },
+    if let Some(stopped) = &left.stopped {
+        return if stopped == now {
+            Ok(Proof::Everything)
+        } else {
+            Err(Unproven::Written)
+        };
+    }
+    let same_boot = left.boot == boot && !boot.is_empty();
+    match lease {
+        None if same_boot => Err(Unproven::NoLease),
+        Some(lease) if (same_boot || lease.durable) && now.modified > lease.until => Err(Unproven::Written),
+        // Killed: what it wrote, and its notes of it, are in the page cache.
+        Some(_) if same_boot => Ok(Proof::Everything),
+        Some(lease) if lease.durable => Ok(Proof::DiskOnly),
+        _ => Err(Unproven::Boot),
     }
 }
 
@@ -157,20 +179,32 @@ mod tests {
             facts
         };
         let same = facts();
-        assert_eq!(prove(&killed, &same, Some(1000), "a"), Ok(()));
-        assert_eq!(
-            prove(&killed, &now(|f| f.modified = 900), Some(1000), "a"),
-            Ok(())
-        );
-        assert_eq!(prove(&killed, &same, Some(999), "a"), Err(Unproven::Written));
+        let lease = |until, durable| Some(Leased { until, durable });
+        for durable in [false, true] {
+            let until = |until| lease(until, durable);
+            assert_eq!(prove(&killed, &same, until(1000), "a"), Ok(Proof::Everything));
+            let older = now(|f| f.modified = 900);
+            assert_eq!(prove(&killed, &older, until(1000), "a"), Ok(Proof::Everything));
+            assert_eq!(prove(&killed, &same, until(999), "a"), Err(Unproven::Written));
+        }
         assert_eq!(prove(&killed, &same, None, "a"), Err(Unproven::NoLease));
-        assert_eq!(prove(&killed, &same, Some(1000), "b"), Err(Unproven::Boot));
+        assert_eq!(prove(&killed, &same, None, "b"), Err(Unproven::Boot));
         assert_eq!(
-            prove(&killed, &now(|f| f.inode = 3), Some(1000), "a"),
+            prove(&killed, &same, lease(1000, false), "b"),
+            Err(Unproven::Boot)
+        );
+        assert_eq!(prove(&killed, &same, lease(1000, true), "b"), Ok(Proof::DiskOnly));
+        assert_eq!(
+            prove(&killed, &same, lease(999, true), "b"),
+            Err(Unproven::Written)
+        );
+        let lease = lease(1000, false);
+        assert_eq!(
+            prove(&killed, &now(|f| f.inode = 3), lease, "a"),
             Err(Unproven::Other)
         );
         assert_eq!(
-            prove(&killed, &now(|f| f.size = 1), Some(1000), "a"),
+            prove(&killed, &now(|f| f.size = 1), lease, "a"),
             Err(Unproven::Size { before: 4096, now: 1 })
         );
         let stopped = Left {
@@ -178,16 +212,16 @@ mod tests {
             ..killed
         };
         // A clean stop outlives the boot, and needs no lease.
-        assert_eq!(prove(&stopped, &same, None, "b"), Ok(()));
+        assert_eq!(prove(&stopped, &same, None, "b"), Ok(Proof::Everything));
         for changed in [now(|f| f.modified = 1001), now(|f| f.changed = 1001)] {
-            assert_eq!(prove(&stopped, &changed, Some(5000), "a"), Err(Unproven::Written));
+            assert_eq!(prove(&stopped, &changed, lease, "a"), Err(Unproven::Written));
         }
         let device = Left {
             opened: now(|f| f.block_device = true),
             ..stopped
         };
         assert_eq!(
-            prove(&device, &now(|f| f.block_device = true), Some(5000), "a"),
+            prove(&device, &now(|f| f.block_device = true), lease, "a"),
             Err(Unproven::BlockDevice)
         );
     }

@@ -5,9 +5,12 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
 
 use super::changes::{Changes, ChangesError};
-use super::continuity::{Facts, Left, Unproven, prove};
+use super::continuity::{Facts, Left, Proof, Unproven, prove};
 use super::lease::Lease;
 use crate::cbt::ResetReason;
 use crate::cow::{ChunkParams, Table};
@@ -82,6 +85,8 @@ pub struct Served {
     opened: Facts,
     /// Why what an agent before knew of the disk does not hold any more.
     unproven: Option<Unproven>,
+    /// Writes are refused.
+    closed: AtomicBool,
 }
 
 impl Served {
@@ -146,6 +151,7 @@ impl Served {
             boot: options.boot.clone(),
             opened: now,
             unproven,
+            closed: AtomicBool::new(false),
         }))
     }
 
@@ -243,6 +249,9 @@ impl Served {
         write: impl FnOnce(&dyn Disk) -> io::Result<()>,
     ) -> io::Result<()> {
         let admitted = self.origin.admit(offset, length);
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Errno::ESHUTDOWN.into());
+        }
         // Within the admission: a take is before or after both the mark and the write.
         self.changes.mark(offset, length);
         if let Some(lease) = &self.lease {
@@ -255,6 +264,18 @@ impl Served {
         drop(admitted);
         written?;
         if fua { self.origin.disk().flush() } else { Ok(()) }
+    }
+
+    /// Whether writes are to be provable after a power cut; costs a flush of a few bytes each second of writing.
+    ///
+    /// # Errors
+    /// The lease can't be written, or there is none as the device has no state directory.
+    pub fn survive_power_cuts(&self, survive: bool) -> io::Result<()> {
+        match &self.lease {
+            Some(lease) => lease.make_durable(survive),
+            None if survive => Err(io::ErrorKind::Unsupported.into()),
+            None => Ok(()),
+        }
     }
 
     /// An image, as the users of this device see it.
@@ -279,8 +300,15 @@ impl Served {
         Ok(self.image(image))
     }
 
-    /// Ends the service at a clean stop: everything is durable, and whoever comes next can see whether somebody else
-    /// wrote in between. Nothing may be written any more.
+    /// Refuses writes from now on; returns when the last one has landed. Snapshots that hold the device may be left for
+    /// the next agent then.
+    pub fn close(&self) {
+        let _paused = self.origin.pause();
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// Ends the service at a clean stop, after [`Served::close`]: everything is durable, and whoever comes next can see
+    /// whether somebody else wrote in between.
     ///
     /// # Errors
     /// The disk or the state directory fails; the next agent begins anew then.
@@ -292,7 +320,6 @@ impl Served {
         let Some(state) = &self.place.state else {
             return self.flush().map_err(failed("flush it"));
         };
-        let paused = self.origin.pause();
         self.flush().map_err(failed("flush it"))?;
         self.changes.save()?;
         let metadata = fs::metadata(&self.place.path).map_err(failed("look at it"))?;
@@ -302,7 +329,6 @@ impl Served {
             stopped: Some(Facts::of(&metadata, self.size())),
         };
         statefile::write(&state.join("left"), LEFT, &left)?;
-        drop(paused);
         Ok(())
     }
 }
@@ -328,13 +354,19 @@ fn continue_changes(
         }
     };
     let lease = Lease::read(&state.join("lease"));
-    if let Err(why) = prove(&left, now, lease, &options.boot) {
-        let reason = match why {
-            Unproven::Size { .. } => ResetReason::Resized,
-            Unproven::Other => ResetReason::DeviceReplaced,
-            _ => ResetReason::ContinuityUnproven,
-        };
-        return Ok((begin(reason)?, Some(why)));
+    let proof = match prove(&left, now, lease, &options.boot) {
+        Ok(proof) => proof,
+        Err(why) => {
+            let reason = match why {
+                Unproven::Size { .. } => ResetReason::Resized,
+                Unproven::Other => ResetReason::DeviceReplaced,
+                _ => ResetReason::ContinuityUnproven,
+            };
+            return Ok((begin(reason)?, Some(why)));
+        }
+    };
+    if proof == Proof::DiskOnly {
+        return Ok((begin(ResetReason::ContinuityUnproven)?, None));
     }
     match Changes::resume(state, capacity) {
         Ok(Some(changes)) => Ok((changes, None)),

@@ -4,6 +4,8 @@
 //! compares it with the time at which the served file was last modified: a later one is of a write by somebody else.
 //! What another program writes in the rest of the lease, less than a second, would not be seen; the lock on the file
 //! keeps programs out that look at locks while an agent lives.
+//!
+//! While a snapshot promises to survive a power cut, the lease is made durable before the writes that it covers.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -11,8 +13,10 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::continuity::Leased;
 
 /// How long a lease is.
 const TERM: Duration = Duration::from_millis(1000);
@@ -30,6 +34,7 @@ pub fn now() -> u64 {
 #[derive(Debug)]
 pub struct Lease {
     until: AtomicU64,
+    durable: AtomicBool,
     file: Mutex<File>,
 }
 
@@ -47,18 +52,32 @@ impl Lease {
             .open(path)?;
         let lease = Self {
             until: AtomicU64::new(0),
+            durable: AtomicBool::new(false),
             file: Mutex::new(file),
         };
         lease.renew(now())?;
         Ok(lease)
     }
 
-    /// The end of the lease in the file at `path`; `None` if there is none that can be believed.
+    /// The lease in the file at `path`; `None` if there is none that can be believed.
     #[must_use]
-    pub fn read(path: &Path) -> Option<u64> {
+    pub fn read(path: &Path) -> Option<Leased> {
         let bytes = std::fs::read(path).ok()?;
-        let (until, sum) = bytes.split_first_chunk::<8>()?;
-        (sum == crc32c::crc32c(until).to_le_bytes()).then(|| u64::from_le_bytes(*until))
+        let (content, sum) = bytes.split_first_chunk::<9>()?;
+        let (until, durable) = content.split_first_chunk::<8>()?;
+        (sum == crc32c::crc32c(content).to_le_bytes()).then(|| Leased {
+            until: u64::from_le_bytes(*until),
+            durable: durable == [1],
+        })
+    }
+
+    /// From now on the lease is durable before the writes that it covers, or not any more.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn make_durable(&self, durable: bool) -> io::Result<()> {
+        self.durable.store(durable, Ordering::Release);
+        self.renew(now())
     }
 
     /// Makes sure that the lease covers a write that begins now.
@@ -78,10 +97,16 @@ impl Lease {
         let until = now
             .saturating_add(nanoseconds(TERM))
             .max(self.until.load(Ordering::Acquire));
-        let mut bytes = [0; 12];
+        let durable = self.durable.load(Ordering::Acquire);
+        let mut bytes = [0; 13];
         bytes[..8].copy_from_slice(&until.to_le_bytes());
-        bytes[8..].copy_from_slice(&crc32c::crc32c(&until.to_le_bytes()).to_le_bytes());
+        bytes[8] = u8::from(durable);
+        let sum = crc32c::crc32c(&bytes[..9]);
+        bytes[9..].copy_from_slice(&sum.to_le_bytes());
         file.write_all_at(&bytes, 0)?;
+        if durable {
+            file.sync_data()?;
+        }
         self.until.store(until, Ordering::Release);
         Ok(())
     }
@@ -104,9 +129,12 @@ mod tests {
         let end = std::time::Instant::now() + 2 * TERM;
         while std::time::Instant::now() < end {
             lease.cover().unwrap();
-            assert!(Lease::read(&path).unwrap() > now());
+            assert!(Lease::read(&path).unwrap().until > now());
             std::thread::sleep(Duration::from_millis(50));
         }
+        assert!(!Lease::read(&path).unwrap().durable);
+        lease.make_durable(true).unwrap();
+        assert!(Lease::read(&path).unwrap().durable);
         std::fs::write(&path, b"too short").unwrap();
         assert_eq!(Lease::read(&path), None);
     }

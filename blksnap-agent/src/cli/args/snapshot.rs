@@ -1,0 +1,181 @@
+//! Arguments of `snapshot`, `serve`, `served` and `unserve`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::super::size;
+use super::{Limits, parse_id};
+use crate::engine::cow::Promise;
+use crate::units::SnapshotId;
+
+/// `serve`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  blksnap-agent serve /var/lib/vm/web.img           prints where NBD clients find it
+  blksnap-agent serve /dev/vg0/web --name web --block-size 4K
+
+A virtual machine uses it as its disk:
+  qemu-system-x86_64 -drive file=nbd+unix:///web.img?socket=/run/blksnap/nbd.sock,format=raw,if=virtio ...
+
+The agent must be the only one that writes to it. It is served again by the next daemon.")]
+pub struct Serve {
+    /// Block device or image file
+    #[arg(value_name = "ORIGIN")]
+    pub path: PathBuf,
+
+    /// Name of the export [default: the file's name]
+    #[arg(long)]
+    pub name: Option<String>,
+
+    /// Size of a tracking block [default: by the size of the disk]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub block_size: Option<u64>,
+
+    /// Smallest size of a chunk of difference storage [default: 256K]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub chunk_size: Option<u64>,
+}
+
+/// `unserve`
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  blksnap-agent unserve web.img")]
+pub struct Unserve {
+    /// Names, as `served` shows them
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
+}
+
+fn parse_promise(text: &str) -> Result<Promise, String> {
+    match text {
+        "nothing" => Ok(Promise::Nothing),
+        "agent-crash" => Ok(Promise::AgentCrash),
+        "power-cut" => Ok(Promise::PowerCut),
+        _ => Err("give nothing, agent-crash or power-cut".to_owned()),
+    }
+}
+
+/// `snapshot`
+#[derive(Debug, Subcommand)]
+pub enum Snapshot {
+    /// Create a snapshot, and take it at once when devices are named
+    #[command(after_help = "Examples:
+  blksnap-agent snapshot create /dev/sdb1 /dev/sdc  one instant for both; prints the id and the images
+  id=$(blksnap-agent snapshot create)               an empty one: add devices, then take it
+
+  blksnap-agent snapshot create vm.img --storage /var/snap,limit=20G --storage /dev/sdd
+  blksnap-agent snapshot create vm.img --promise power-cut
+
+A device that is not tracked yet is attached. Of a device that is served (`blksnap-agent serve`) old data is kept
+from the instant on; other devices are copied.
+
+Difference storage, used in the order given:
+  DIR[,limit=SIZE]             a file that grows, up to the limit or as far as there is space
+  FILE[,limit=SIZE]            a file as it is, or one that grows up to the limit
+  DEVICE[:SECTOR+COUNT...]     a block device, or ranges of it in sectors of 512 bytes
+  memory:SIZE                  memory")]
+    Create {
+        /// Devices
+        #[arg(value_name = "DEVICE")]
+        devices: Vec<PathBuf>,
+        /// Difference storage, also several [default: the daemon's directory]
+        #[arg(long, value_name = "PLACE")]
+        storage: Vec<String>,
+        /// What a snapshot of served devices survives [default: agent-crash]
+        #[arg(long, value_name = "WHAT", value_parser = parse_promise)]
+        promise: Option<Promise>,
+        /// How much difference storage is asked for at a time [default: 1G]
+        #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+        minimum: Option<u64>,
+        /// Storage does not grow by itself
+        #[arg(long)]
+        no_autogrow: bool,
+        /// Do not take it yet
+        #[arg(long)]
+        no_take: bool,
+        #[command(flatten)]
+        limits: Limits,
+    },
+    /// Add devices to a snapshot that is not taken yet
+    #[command(after_help = "Example:
+  blksnap-agent snapshot add $id /dev/sdb1")]
+    Add {
+        /// Snapshot
+        #[arg(value_parser = parse_id)]
+        id: SnapshotId,
+        /// Devices
+        #[arg(required = true, value_name = "DEVICE")]
+        devices: Vec<PathBuf>,
+    },
+    /// Take a snapshot: one instant for all its devices
+    #[command(after_help = "Example:
+  blksnap-agent snapshot take --max-seconds 600 $id")]
+    Take {
+        /// Snapshot
+        #[arg(value_parser = parse_id)]
+        id: SnapshotId,
+        #[command(flatten)]
+        limits: Limits,
+    },
+    /// Add difference storage, also while the snapshot is held
+    #[command(after_help = "Example:
+  blksnap-agent snapshot append $id /srv/more,limit=10G")]
+    Append {
+        /// Snapshot
+        #[arg(value_parser = parse_id)]
+        id: SnapshotId,
+        /// Difference storage, as `snapshot create` takes it
+        #[arg(value_name = "PLACE")]
+        storage: String,
+    },
+    /// Show in which sectors of which devices the difference storage is
+    #[command(after_help = "Example:
+  blksnap-agent snapshot storage $id --output json | jq '.extents[]'")]
+    Storage {
+        /// Snapshot
+        #[arg(value_parser = parse_id)]
+        id: SnapshotId,
+    },
+    /// Wait for an event: more storage is wanted, or an image is lost
+    #[command(after_help = "Example:
+  blksnap-agent snapshot wait $id --timeout 60000
+
+The exit code is 0 with an event and 3 without one in time.")]
+    Wait {
+        /// Snapshot
+        #[arg(value_parser = parse_id)]
+        id: SnapshotId,
+        /// How long, in milliseconds
+        #[arg(long, short, value_name = "MILLISECONDS", default_value_t = 10_000)]
+        timeout: u64,
+    },
+    /// Print events as they come, until the snapshot is gone
+    #[command(after_help = "Example:
+  blksnap-agent snapshot watch $id --output json | jq -c")]
+    Watch {
+        /// Snapshot
+        #[arg(value_parser = parse_id)]
+        id: SnapshotId,
+    },
+    /// List all snapshots
+    #[command(after_help = "Example:
+  blksnap-agent snapshot list --output json | jq -r '.snapshots[].id'")]
+    List,
+    /// Show a snapshot and where its images are
+    #[command(after_help = "Example:
+  nbdcopy \"$(blksnap-agent snapshot info $id --output json | jq -r '.devices[0].image.uri')\" sdb1.img")]
+    Info {
+        /// Snapshot
+        #[arg(value_parser = parse_id)]
+        id: SnapshotId,
+    },
+    /// Destroy snapshots; tracking goes on
+    #[command(after_help = "Example:
+  blksnap-agent snapshot destroy $id")]
+    Destroy {
+        /// Snapshots
+        #[arg(required = true, value_name = "ID", value_parser = parse_id)]
+        ids: Vec<SnapshotId>,
+    },
+}

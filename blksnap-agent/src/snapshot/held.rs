@@ -1,0 +1,554 @@
+//! Held: a snapshot of served devices, whose writes wait until old data is kept.
+//!
+//! # Order of a take
+//! Journals are made before the instant, the document is written after it. An agent that is killed in between leaves a
+//! directory without a document: the next one removes it, and the snapshot, which nobody was told of, never was.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::sys::stat::{major, minor};
+
+use super::document::{Document, MemberDocument, journal_path};
+use super::events::{EventData, Events};
+use super::owner::{Content, Image};
+use super::{Member, SnapshotError};
+use crate::cbt::Taken;
+use crate::cow::{SnapshotKey, SpaceEvent, Taken as TakenSlot};
+use crate::disk::FileDisk;
+use crate::engine::cow::journal::{Journal, JournalError, Subject};
+use crate::engine::cow::{Broken, DiffStorage, Promise, Store, StoreOptions};
+use crate::filter::converge::Consistency;
+use crate::filter::served::{self, Served, ServedImage};
+use crate::storage::{Pool, PoolOptions, StorageSpec};
+use crate::units::{SECTOR_BYTES, Sectors, SnapshotId};
+
+/// Parameters of held snapshots.
+#[derive(Clone, Debug)]
+pub struct HoldOptions {
+    /// What a snapshot survives.
+    pub promise: Promise,
+    /// `diff_storage_minimum`, in bytes.
+    pub minimum: u64,
+    /// Whether storage grows by itself.
+    pub autogrow: bool,
+    /// `chunk_maximum_in_queue`.
+    pub queue: usize,
+    /// `free_diff_buffer_pool_size`.
+    pub buffers: usize,
+}
+
+impl Default for HoldOptions {
+    /// The original's parameters; survives the agent.
+    fn default() -> Self {
+        Self {
+            promise: Promise::default(),
+            minimum: PoolOptions::default().minimum,
+            autogrow: true,
+            queue: 16,
+            buffers: 128,
+        }
+    }
+}
+
+/// Where held snapshots are written down, and in which boot.
+#[derive(Clone, Debug)]
+pub struct HoldPlace {
+    /// Directory with one for each snapshot; none: they end with the agent.
+    pub directory: Option<PathBuf>,
+    /// The boot that this is; empty if the kernel does not say.
+    pub boot: String,
+}
+
+/// Numbers of snapshots in the core.
+static NEXT_KEY: AtomicU64 = AtomicU64::new(1);
+
+/// A held snapshot.
+#[derive(Debug)]
+pub(super) struct Held {
+    directory: Option<PathBuf>,
+    document: Document,
+    pool: Arc<Pool>,
+    images: Vec<ServedImage>,
+}
+
+/// Tells whoever waits for events of a snapshot that an image is lost.
+struct Tell {
+    id: SnapshotId,
+    events: Arc<Events>,
+    served: Arc<Served>,
+}
+
+impl Broken for Tell {
+    fn broken(&self, errno: i32, what: &str) {
+        let device = self.served.path().display().to_string();
+        tracing::error!(snapshot = %self.id, device, errno, what, "the image is lost; the device goes on");
+        let number = fs::metadata(self.served.path())
+            .ok()
+            .filter(|metadata| {
+                use std::os::unix::fs::FileTypeExt as _;
+                metadata.file_type().is_block_device()
+            })
+            .map_or(0, |metadata| std::os::unix::fs::MetadataExt::rdev(&metadata));
+        self.events.send(EventData::Corrupted {
+            device,
+            major: u32::try_from(major(number)).unwrap_or_default(),
+            minor: u32::try_from(minor(number)).unwrap_or_default(),
+            errno,
+            reason: what.to_owned(),
+        });
+    }
+}
+
+/// A pool whose events go to a queue.
+pub(super) fn pool_events(events: &Arc<Events>) -> Arc<dyn Fn(SpaceEvent) + Send + Sync> {
+    let events = Arc::clone(events);
+    Arc::new(move |SpaceEvent::LowFreeSpace { requested }| {
+        events.send(EventData::LowFreeSpace {
+            requested: Sectors::new(requested / SECTOR_BYTES),
+        });
+    })
+}
+
+impl Held {
+    /// Takes the devices.
+    pub(super) fn take(
+        id: SnapshotId,
+        created: SystemTime,
+        devices: &[Arc<Served>],
+        pool: Arc<Pool>,
+        options: &HoldOptions,
+        place: &HoldPlace,
+        events: &Arc<Events>,
+    ) -> Result<(Self, Vec<Image>), SnapshotError> {
+        let directory = match (&place.directory, options.promise) {
+            (Some(directory), Promise::AgentCrash | Promise::PowerCut) => {
+                Some(directory.join(id.to_string()))
+            }
+            _ => None,
+        };
+        let began = Began {
+            directory: directory.clone(),
+            devices: devices.to_vec(),
+            durable: options.promise == Promise::PowerCut,
+            done: false,
+        };
+        if let Some(directory) = &directory {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(directory)
+                .map_err(|source| SnapshotError::state("make", directory, source))?;
+        }
+        if began.durable {
+            for device in devices {
+                device
+                    .survive_power_cuts(true)
+                    .map_err(|source| SnapshotError::state("renew the lease of", device.path(), source))?;
+            }
+        }
+        let mut members = Vec::new();
+        for (number, served) in devices.iter().enumerate() {
+            let subject = subject(id, number, served);
+            let journal = directory
+                .as_ref()
+                .map(|directory| begin_journal(&journal_path(directory, number), &subject))
+                .transpose()?;
+            members.push(served::Member {
+                served: Arc::clone(served),
+                store: Arc::new(new_store(id, served, &pool, options, events, journal)),
+            });
+        }
+        let taken = served::take(&members)?;
+        let now = SystemTime::now();
+        let document = Document {
+            id,
+            created: seconds(created),
+            taken: seconds(now),
+            boot: place.boot.clone(),
+            stopped: false,
+            promise: options.promise,
+            minimum: options.minimum,
+            autogrow: options.autogrow,
+            storage: pool.specs(),
+            members: taken
+                .iter()
+                .map(|member| document_of(member.image.served(), &member.taken))
+                .collect(),
+        };
+        let held = Self {
+            directory,
+            document,
+            pool,
+            images: taken.iter().map(|member| member.image.clone()).collect(),
+        };
+        // Written after the instant: until it is there, the snapshot ends with the agent.
+        if let Err(error) = held.write() {
+            held.release();
+            return Err(error);
+        }
+        let images = taken
+            .iter()
+            .map(|member| {
+                let read_map = member.image.served().changes().frozen().ok();
+                image(&member.image, member.taken, read_map)
+            })
+            .collect();
+        began.keep();
+        Ok((held, images))
+    }
+
+    /// Goes on with what an agent before has left in `directory`.
+    pub(super) fn resume(
+        directory: &Path,
+        document: Document,
+        devices: &[Arc<Served>],
+        place: &HoldPlace,
+        options: &HoldOptions,
+        events: &Arc<Events>,
+    ) -> Result<(Self, Vec<Image>), Unfinished> {
+        let survived = document.stopped
+            || (document.boot == place.boot && !place.boot.is_empty())
+            || document.promise == Promise::PowerCut;
+        if !survived {
+            return Err(Unfinished::Boot);
+        }
+        let mut tables = Vec::new();
+        for (number, (member, served)) in document.members.iter().zip(devices).enumerate() {
+            if let Some(why) = served.unproven() {
+                return Err(Unfinished::Device {
+                    device: member.path.clone(),
+                    why: why.to_string(),
+                });
+            }
+            let layout = served.origin().layout();
+            if (member.size, member.chunk) != (layout.size(), layout.chunk_bytes()) {
+                return Err(Unfinished::Device {
+                    device: member.path.clone(),
+                    why: "its size or that of its chunks is another one".to_owned(),
+                });
+            }
+            let path = journal_path(directory, number);
+            let disk = FileDisk::open(&path, true).map_err(|error| Unfinished::Storage(error.to_string()))?;
+            tables.push(Journal::open(
+                Arc::new(disk),
+                &subject(document.id, number, served),
+            )?);
+        }
+        let taken: Vec<TakenSlot> = tables
+            .iter()
+            .flat_map(|(_, table)| {
+                let layout = *table.layout();
+                table.stored().map(move |(chunk, slot, units)| TakenSlot {
+                    slot,
+                    chunk: layout.chunk_bytes(),
+                    stored: layout.bytes_of(chunk, units),
+                })
+            })
+            .collect();
+        let pool = Pool::reopen(
+            pool_options(document.minimum, document.autogrow, devices),
+            pool_events(events),
+            &document.storage,
+            taken,
+        )
+        .map_err(|error| Unfinished::Storage(error.to_string()))?;
+        let pool = Arc::new(pool);
+        let mut held = Self {
+            directory: Some(directory.to_owned()),
+            document,
+            pool,
+            images: Vec::new(),
+        };
+        let options = HoldOptions {
+            promise: held.document.promise,
+            ..options.clone()
+        };
+        for ((journal, table), served) in tables.into_iter().zip(devices) {
+            let store = new_store(
+                held.document.id,
+                served,
+                &held.pool,
+                &options,
+                events,
+                Some(journal),
+            );
+            let resumed = served.resume(Arc::new(store), table);
+            let durable = options.promise == Promise::PowerCut;
+            match resumed.map_err(|error| error.to_string()).and_then(|image| {
+                let lease = served.survive_power_cuts(durable || served.origin().counters().snapshots > 1);
+                lease.map_err(|error| error.to_string()).map(|()| image)
+            }) {
+                Ok(image) => held.images.push(image),
+                Err(error) => {
+                    held.release();
+                    return Err(Unfinished::Storage(error));
+                }
+            }
+        }
+        held.document.boot.clone_from(&place.boot);
+        held.document.stopped = false;
+        if let Err(error) = held.write() {
+            held.release();
+            return Err(Unfinished::Storage(error.to_string()));
+        }
+        let images =
+            held.images
+                .iter()
+                .zip(&held.document.members)
+                .map(|(image_of, member)| {
+                    let taken = Taken {
+                        number: member.number,
+                        generation: member.generation,
+                        reset: None,
+                    };
+                    // The map of an older take is not kept: its contexts are refused rather than wrong.
+                    let read_map =
+                        image_of.served().changes().frozen().ok().filter(|map| {
+                            (map.generation(), map.number()) == (taken.generation, taken.number)
+                        });
+                    image(image_of, taken, read_map)
+                })
+                .collect();
+        Ok((held, images))
+    }
+
+    /// Its storage.
+    pub(super) const fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// The storage has changed: says so to the next agent.
+    pub(super) fn storage_changed(&mut self) -> Result<(), SnapshotError> {
+        self.document.storage = self.pool.specs();
+        self.write()
+    }
+
+    /// Ends it.
+    pub(super) fn destroy(self) {
+        self.release();
+        if let Some(directory) = &self.directory {
+            remove(directory);
+        }
+        if let Err(error) = self.pool.remove_kept() {
+            tracing::warn!(%error, "a file of a destroyed snapshot stays");
+        }
+    }
+
+    /// Leaves it for the next agent, where it is written down. The devices take no writes any more.
+    pub(super) fn leave(mut self) {
+        if self.directory.is_none() {
+            return self.destroy();
+        }
+        let flushed: io::Result<()> = self
+            .images
+            .iter()
+            .filter(|image| matches!(image.image().state(), Ok(None)))
+            .try_for_each(|image| {
+                image
+                    .image()
+                    .flush()
+                    .map_err(|error| io::Error::from_raw_os_error(error.errno()))
+            });
+        match flushed {
+            Ok(()) => {
+                self.document.stopped = true;
+                if let Err(error) = self.write() {
+                    tracing::warn!(%error, "a snapshot does not survive this boot");
+                }
+            }
+            Err(error) => tracing::warn!(%error, "a snapshot does not survive this boot"),
+        }
+        self.release();
+    }
+
+    fn release(&self) {
+        for image in &self.images {
+            let origin = image.served().origin();
+            origin.release(image.image().key());
+            if self.document.promise == Promise::PowerCut && origin.counters().snapshots == 0 {
+                // A lease that stays durable costs a little, and harms nobody.
+                let _ = image.served().survive_power_cuts(false);
+            }
+        }
+    }
+
+    fn write(&self) -> Result<(), SnapshotError> {
+        match &self.directory {
+            Some(directory) => Ok(self.document.write(directory)?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Why a snapshot can't go on.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unfinished {
+    #[error("the system went down while it was held, which it did not promise to survive")]
+    Boot,
+    #[error("{} is not as the agent left it: {why}", device.display())]
+    Device { device: PathBuf, why: String },
+    #[error("{0}")]
+    Storage(String),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// What a take has begun and takes back unless it is kept.
+struct Began {
+    directory: Option<PathBuf>,
+    devices: Vec<Arc<Served>>,
+    durable: bool,
+    done: bool,
+}
+
+impl Began {
+    fn keep(mut self) {
+        self.done = true;
+    }
+}
+
+impl Drop for Began {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        if let Some(directory) = &self.directory {
+            remove(directory);
+        }
+        for device in self.devices.iter().filter(|_| self.durable) {
+            if device.origin().counters().snapshots == 0 {
+                let _ = device.survive_power_cuts(false);
+            }
+        }
+    }
+}
+
+/// Removes the directory of a snapshot: the document first, so that it is never found without its journals.
+pub(super) fn remove(directory: &Path) {
+    let document = directory.join("snapshot");
+    let removed = match fs::remove_file(&document) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => fs::remove_dir_all(directory),
+    };
+    if let Err(error) = removed {
+        tracing::warn!(directory = %directory.display(), %error, "the state of a snapshot stays");
+    }
+}
+
+fn subject(id: SnapshotId, number: usize, served: &Served) -> Subject {
+    Subject {
+        snapshot: id.uuid(),
+        member: u32::try_from(number).unwrap_or(u32::MAX),
+        layout: *served.origin().layout(),
+    }
+}
+
+fn begin_journal(path: &Path, subject: &Subject) -> Result<Journal, SnapshotError> {
+    let made = || -> io::Result<File> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
+        file.set_len(Journal::most_bytes(&subject.layout))?;
+        Ok(file)
+    };
+    let file = made().map_err(|source| SnapshotError::state("make", path, source))?;
+    let disk = FileDisk::new(
+        path.display().to_string(),
+        Arc::new(file),
+        Journal::most_bytes(&subject.layout),
+    );
+    Ok(Journal::create(Arc::new(disk), subject)?)
+}
+
+fn new_store(
+    id: SnapshotId,
+    served: &Arc<Served>,
+    pool: &Arc<Pool>,
+    options: &HoldOptions,
+    events: &Arc<Events>,
+    journal: Option<Journal>,
+) -> Store {
+    let key = SnapshotKey(NEXT_KEY.fetch_add(1, Ordering::Relaxed));
+    Store::new(
+        key,
+        Arc::clone(pool) as Arc<dyn DiffStorage>,
+        StoreOptions {
+            promise: options.promise,
+            queue: options.queue,
+            buffers: options.buffers,
+            journal,
+            broken: Arc::new(Tell {
+                id,
+                events: Arc::clone(events),
+                served: Arc::clone(served),
+            }),
+        },
+    )
+}
+
+/// Options of the pool of a snapshot of these devices.
+pub(super) fn pool_options(minimum: u64, autogrow: bool, devices: &[Arc<Served>]) -> PoolOptions {
+    let blocks = devices
+        .iter()
+        .map(|served| served.origin().disk().logical_block());
+    PoolOptions {
+        minimum,
+        autogrow,
+        logical_block: blocks.min().unwrap_or(512),
+    }
+}
+
+/// Storage that is found again after the agent, where it is a directory.
+pub(super) fn kept(spec: &StorageSpec, id: SnapshotId, promise: Promise) -> StorageSpec {
+    match spec {
+        StorageSpec::Directory {
+            path,
+            limit,
+            keep: None,
+        } if promise != Promise::Nothing => StorageSpec::Directory {
+            path: path.clone(),
+            limit: *limit,
+            keep: Some(id.to_string()),
+        },
+        other => other.clone(),
+    }
+}
+
+fn document_of(served: &Served, taken: &Taken) -> MemberDocument {
+    let layout = served.origin().layout();
+    MemberDocument {
+        name: served.name().to_owned(),
+        path: served.path().to_owned(),
+        size: layout.size(),
+        chunk: layout.chunk_bytes(),
+        generation: taken.generation,
+        number: taken.number,
+    }
+}
+
+fn image(image: &ServedImage, taken: Taken, read_map: Option<Arc<crate::cbt::ReadMap>>) -> Image {
+    Image {
+        size: image.image().size(),
+        member: Member::Served(Arc::clone(image.served())),
+        content: Content::Held(image.clone()),
+        taken,
+        read_map,
+        consistency: Consistency::Crash,
+        frozen: Duration::ZERO,
+        copied_bytes: 0,
+        rounds: 0,
+    }
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
