@@ -19,8 +19,10 @@ use blksnap_agent::backup::{
 use blksnap_agent::disk::{BlockDevice, WatchdogCommand};
 use blksnap_agent::engine::{CancelToken, Phase, Progress, Silent};
 use blksnap_agent::filter::converge::{Consistency, FreezeHook, HookError, Limits, Stage};
-use blksnap_agent::snapshot::{Image, Snapshots, TakeOptions};
-use blksnap_agent::storage::DirStorage;
+use blksnap_agent::snapshot::{
+    Content, HoldOptions, HoldPlace, Image, Member, MemberId, Snapshots, TakeOptions,
+};
+use blksnap_agent::storage::StorageSpec;
 use blksnap_agent::tracker::{Granularity, TrackedDevice, Tracker, TrackerConfig};
 use blksnap_agent::units::BlockSize;
 use blksnap_tests::{Daemon, DaemonOptions, LoopDevice, LoopOptions, agent_binary, seed};
@@ -571,21 +573,36 @@ fn images_of_snapshots_and_the_device_in_turn() -> Result<()> {
     let writer = Writer::start(mount.join("busy"), 8 * MIB, seed, Duration::from_millis(1));
     let storage = bench.at("storage");
     fs::create_dir(&storage)?;
-    let snapshots = Snapshots::new(Arc::clone(&bench.tracker));
+    let snapshots = Snapshots::new(
+        Arc::clone(&bench.tracker),
+        HoldPlace {
+            directory: None,
+            boot: String::new(),
+        },
+    );
     let id = bench.device.device().id;
     let snapshot = || -> Result<Arc<Image>> {
-        let created = snapshots.create(&[id], DirStorage::open(&storage)?)?;
+        let places = vec![StorageSpec::Directory {
+            path: storage.clone(),
+            limit: None,
+            keep: None,
+        }];
+        let member = Member::Tracked(bench.device.device().clone());
+        let created = snapshots.create(vec![member], places, HoldOptions::default())?;
         let options = TakeOptions {
             limits: bench.limits.clone(),
             hook: None,
         };
         snapshots.take(created.id, options, Arc::new(Silent), CancelToken::new())?;
-        Ok(snapshots.image(created.id, id)?)
+        Ok(snapshots.image(created.id, &MemberId::Device(id))?)
     };
     let of_image = |image: &Image| -> Result<String> {
+        let (Content::Copy(file), Some(device)) = (&image.content, image.member.tracked()) else {
+            bail!("{image:?} is no copy of a tracked device");
+        };
         let source = ImageSource {
-            device: &SidecarDevice::of(&image.device),
-            image: &image.file,
+            device: &SidecarDevice::of(device),
+            image: file,
             read_map: image.read_map.as_ref().context("the map is doubtful")?,
             consistency: image.consistency,
             frozen: image.frozen,
@@ -594,10 +611,10 @@ fn images_of_snapshots_and_the_device_in_turn() -> Result<()> {
             progress: &Silent,
             cancel: &CancelToken::new(),
         };
-        let check = |target: &backup::Target| target.check_not_on(&image.device);
+        let check = |target: &backup::Target| target.check_not_on(device);
         let report = backup::from_image(source, &bench.target(), true, check, control)?;
         let mut bytes = vec![0; usize::try_from(image.size)?];
-        image.file.read_exact_at(&mut bytes, 0)?;
+        file.read_exact_at(&mut bytes, 0)?;
         fs::write(bench.copy(), bytes)?;
         same(&bench.target(), &bench.copy()).with_context(|| format!("{report:?}"))?;
         Ok(kind(&report))

@@ -15,8 +15,11 @@ use blksnap_agent::cbt::{Base, TrackingParams};
 use blksnap_agent::disk::{BlockDevice, DirectReader, WatchdogCommand};
 use blksnap_agent::engine::{CancelToken, Silent};
 use blksnap_agent::filter::converge::{Consistency, ConvergeError, FreezeHook, HookError, Limits, Stage};
-use blksnap_agent::snapshot::{Image, Info, SnapshotError, Snapshots, State, TakeOptions};
-use blksnap_agent::storage::DirStorage;
+use blksnap_agent::snapshot::{
+    Content, HoldOptions, HoldPlace, Image, Info, Member, MemberId, SnapshotError, Snapshots, State,
+    TakeOptions,
+};
+use blksnap_agent::storage::StorageSpec;
 use blksnap_agent::sys::AlignedBuffer;
 use blksnap_agent::tracker::{Granularity, Tracker, TrackerConfig};
 use blksnap_agent::units::{BlockSize, DeviceId};
@@ -119,9 +122,28 @@ fn difference(one: &[u8], other: &[u8]) -> Option<usize> {
 }
 
 fn image_bytes(image: &Image) -> Vec<u8> {
+    let Content::Copy(file) = &image.content else {
+        panic!("{image:?} is no copy");
+    };
     let mut bytes = vec![0; usize::try_from(image.size).unwrap()];
-    image.file.read_exact_at(&mut bytes, 0).unwrap();
+    file.read_exact_at(&mut bytes, 0).unwrap();
     bytes
+}
+
+fn directory(path: &Path) -> Vec<StorageSpec> {
+    vec![StorageSpec::Directory {
+        path: path.to_owned(),
+        limit: None,
+        keep: None,
+    }]
+}
+
+/// Snapshots end with their agent.
+fn nowhere() -> HoldPlace {
+    HoldPlace {
+        directory: None,
+        boot: String::new(),
+    }
 }
 
 /// A tracker, snapshots and a directory for them.
@@ -135,7 +157,7 @@ impl Bench {
     fn new() -> Self {
         let tracker = Tracker::load(&TrackerConfig::default()).unwrap();
         Self {
-            snapshots: Snapshots::new(Arc::clone(&tracker)),
+            snapshots: Snapshots::new(Arc::clone(&tracker), nowhere()),
             tracker,
             storage: tempfile::Builder::new()
                 .prefix("blksnap-storage-")
@@ -153,9 +175,23 @@ impl Bench {
         self.attach(path, Granularity::Adaptive(TrackingParams::default()))
     }
 
+    fn member(&self, id: DeviceId) -> Member {
+        Member::Tracked(self.tracker.device(id).unwrap().device().clone())
+    }
+
+    fn create_in(&self, devices: &[DeviceId], storage: &Path) -> Info {
+        let members = devices.iter().map(|id| self.member(*id)).collect();
+        self.snapshots
+            .create(members, directory(storage), HoldOptions::default())
+            .unwrap()
+    }
+
     fn create(&self, devices: &[DeviceId]) -> Info {
-        let storage = DirStorage::open(self.storage.path()).unwrap();
-        self.snapshots.create(devices, storage).unwrap()
+        self.create_in(devices, self.storage.path())
+    }
+
+    fn image(&self, info: &Info, id: DeviceId) -> Result<Arc<Image>, SnapshotError> {
+        self.snapshots.image(info.id, &MemberId::Device(id))
     }
 
     fn take(
@@ -308,7 +344,7 @@ fn images_are_the_devices_at_the_instant() {
             )
         })
         .collect();
-    let mut earlier: HashMap<DeviceId, (Base, Vec<u8>)> = HashMap::new();
+    let mut earlier: HashMap<PathBuf, (Base, Vec<u8>)> = HashMap::new();
     for round in 0..20 {
         // One device, or several at one instant.
         let count = if round % 3 == 0 {
@@ -352,9 +388,9 @@ fn images_are_the_devices_at_the_instant() {
 }
 
 /// Everything that differs from the instant before is among what the map says.
-fn check_changes(earlier: &mut HashMap<DeviceId, (Base, Vec<u8>)>, image: &Image, copy: Vec<u8>, name: &str) {
+fn check_changes(earlier: &mut HashMap<PathBuf, (Base, Vec<u8>)>, image: &Image, copy: Vec<u8>, name: &str) {
     let map = image.read_map.as_ref().expect("no doubt");
-    if let Some((base, before)) = earlier.get(&image.device.id)
+    if let Some((base, before)) = earlier.get(image.member.path())
         && base.generation == map.generation()
     {
         let mut same = before.clone();
@@ -368,7 +404,7 @@ fn check_changes(earlier: &mut HashMap<DeviceId, (Base, Vec<u8>)>, image: &Image
             "{name}: a change was not reported"
         );
     }
-    earlier.insert(image.device.id, (map.base(), copy));
+    earlier.insert(image.member.path().to_owned(), (map.base(), copy));
 }
 
 #[test]
@@ -394,7 +430,7 @@ fn several_snapshots_of_a_device_hold_their_instants() {
     }
     assert_eq!(bench.snapshots.list().len(), 3);
     for (info, copy) in &held {
-        let image = bench.snapshots.image(info.id, id).unwrap();
+        let image = bench.image(info, id).unwrap();
         assert_eq!(difference(&image_bytes(&image), copy), None);
         bench.snapshots.destroy(info.id).unwrap();
         // The reader still has it.
@@ -463,8 +499,7 @@ fn a_full_directory_is_a_clear_error_and_leaves_nothing() {
         ],
     )
     .unwrap();
-    let storage = DirStorage::open(directory.path()).unwrap();
-    let info = bench.snapshots.create(&[id], storage).unwrap();
+    let info = bench.create_in(&[id], directory.path());
     let error = bench.take(&info, limits(), None).unwrap_err();
     let available = nix::sys::statvfs::statvfs(directory.path())
         .unwrap()
@@ -490,10 +525,7 @@ fn storage_on_a_file_system_to_be_frozen_is_refused() {
     device.mkfs("ext4").unwrap();
     let mountpoint = device.mount().unwrap();
     let id = bench.attach_default(device.path());
-    let info = bench
-        .snapshots
-        .create(&[id], DirStorage::open(&mountpoint).unwrap())
-        .unwrap();
+    let info = bench.create_in(&[id], &mountpoint);
     let error = bench.take(&info, limits(), None).unwrap_err();
     assert!(
         matches!(error, SnapshotError::Converge(ConvergeError::SinkFrozen { .. })),
@@ -569,35 +601,38 @@ fn calls_have_the_errors_of_the_reference() {
     let device = LoopDevice::new(16 * MIB).unwrap();
     let other = LoopDevice::new(16 * MIB).unwrap();
     let id = bench.attach_default(device.path());
-    let untracked = BlockDevice::open(other.path()).unwrap().id;
+    let untracked = Member::Tracked(BlockDevice::open(other.path()).unwrap());
+    let tracked = bench.member(id);
     let errno = |result: Result<Info, SnapshotError>| result.unwrap_err().errno();
-    let storage = || DirStorage::open(bench.storage.path()).unwrap();
+    let create = |members: &[&Member]| {
+        let members = members.iter().map(|member| (*member).clone()).collect();
+        bench
+            .snapshots
+            .create(members, directory(bench.storage.path()), HoldOptions::default())
+    };
 
-    assert_eq!(
-        errno(bench.snapshots.create(&[untracked], storage())),
-        Errno::ENODEV
-    );
-    assert_eq!(
-        errno(bench.snapshots.create(&[id, id], storage())),
-        Errno::EALREADY
-    );
+    assert_eq!(errno(create(&[&untracked])), Errno::ENODEV);
+    assert_eq!(errno(create(&[&tracked, &tracked])), Errno::EALREADY);
     assert!(bench.snapshots.list().is_empty());
 
     let info = bench.create(&[]);
     assert_eq!(errno(bench.take(&info, limits(), None)), Errno::ENODEV);
     assert_eq!(errno(bench.snapshots.add(info.id, untracked)), Errno::ENODEV);
-    bench.snapshots.add(info.id, id).unwrap();
-    assert_eq!(errno(bench.snapshots.add(info.id, id)), Errno::EALREADY);
+    bench.snapshots.add(info.id, tracked.clone()).unwrap();
     assert_eq!(
-        bench.snapshots.image(info.id, id).unwrap_err().errno(),
-        Errno::ENODATA
+        errno(bench.snapshots.add(info.id, tracked.clone())),
+        Errno::EALREADY
     );
+    assert_eq!(bench.image(&info, id).unwrap_err().errno(), Errno::ENODATA);
     // In another snapshot, too.
     bench.create(&[id]);
 
     bench.take(&info, limits(), None).unwrap();
     assert_eq!(errno(bench.take(&info, limits(), None)), Errno::EALREADY);
-    assert_eq!(errno(bench.snapshots.add(info.id, id)), Errno::EALREADY);
+    assert_eq!(
+        errno(bench.snapshots.add(info.id, tracked.clone())),
+        Errno::EALREADY
+    );
     bench.snapshots.destroy(info.id).unwrap();
     assert_eq!(errno(bench.snapshots.info(info.id)), Errno::ESRCH);
     assert_eq!(errno(bench.take(&info, limits(), None)), Errno::ESRCH);

@@ -1,6 +1,6 @@
 //! `cbt info`, `extents`, `map` and `mark`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
@@ -9,14 +9,41 @@ use super::device::select;
 use super::size::human;
 use super::table::{Align, Table};
 use super::{Context, absolute, write_out};
-use crate::control::api::{self, CbtInfo};
+use crate::control::api::{self, CbtInfo, ServedDevices};
 use crate::control::client::with_query;
 
 pub(super) async fn run(context: &Context, command: &Cbt) -> Result<()> {
     match command {
         Cbt::Info { devices } => {
-            let devices = select(context, devices).await?.devices;
-            let maps: Vec<CbtInfo> = devices.into_iter().map(|device| device.cbt).collect();
+            let served: ServedDevices = context.client.get("/v1/served").await?;
+            let of_served = |path: &PathBuf| {
+                let path = path.canonicalize().ok()?;
+                let mut all = served.served.iter();
+                all.find(|served| Path::new(&served.path) == path)
+            };
+            let tracked: Vec<PathBuf> = devices
+                .iter()
+                .filter(|path| of_served(path).is_none())
+                .cloned()
+                .collect();
+            let mut maps: Vec<CbtInfo> = Vec::new();
+            if devices.is_empty() || !tracked.is_empty() {
+                let tracked = select(context, &tracked).await?.devices;
+                maps.extend(tracked.into_iter().map(|device| device.cbt));
+            }
+            maps.extend(
+                served
+                    .served
+                    .iter()
+                    .filter(|device| {
+                        devices.is_empty()
+                            || devices
+                                .iter()
+                                .filter_map(of_served)
+                                .any(|named| named.name == device.name)
+                    })
+                    .map(|device| device.cbt.clone()),
+            );
             context.print(&maps, |maps| info(maps))
         }
         Cbt::Extents {

@@ -1,20 +1,34 @@
 //! Marks: ranges and files that count as changed because somebody says so.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::super::errors::Tell as _;
 use super::Agent;
 use crate::control::api;
 use crate::control::error::{ApiError, Code};
 use crate::disk::extents;
-use crate::tracker::MarkError;
+use crate::filter::served::Served;
+use crate::tracker::{MarkError, TrackedDevice};
 use crate::units::{Extent, SECTOR_BYTES, Sectors};
+
+/// Whose map is marked.
+enum Subject {
+    Served(Arc<Served>),
+    Tracked(Arc<TrackedDevice>),
+}
 
 impl Agent {
     pub(super) fn mark(&self, request: &api::Mark) -> Result<api::Marked, ApiError> {
         let action = format!("mark ranges of {}", request.device);
-        let device = self.tracked(&request.device, "mark ranges of")?;
-        let capacity = device.device().capacity.bytes();
+        let subject = match self.served.find(&request.device) {
+            Some(served) => Subject::Served(served),
+            None => Subject::Tracked(self.tracked(&request.device, "mark ranges of")?),
+        };
+        let capacity = match &subject {
+            Subject::Served(served) => served.size(),
+            Subject::Tracked(device) => device.device().capacity.bytes(),
+        };
         let mut ranges = Vec::with_capacity(request.ranges.len());
         for range in &request.ranges {
             let end = range.offset.checked_add(range.length);
@@ -35,6 +49,13 @@ impl Agent {
             });
         }
         for file in &request.files {
+            let Subject::Tracked(device) = &subject else {
+                return Err(ApiError::new(
+                    Code::Unsupported,
+                    format!("{action}: nobody here knows the files in it"),
+                    "give ranges",
+                ));
+            };
             if !file.starts_with('/') {
                 return Err(ApiError::new(
                     Code::InvalidRequest,
@@ -55,12 +76,23 @@ impl Agent {
                 )
             })
             .collect();
-        device.mark_both(&sectors).map_err(|error| match error {
-            MarkError::Range(error) => ApiError::of(Code::OutOfRange, &action, &error),
-            MarkError::Save(error) => error.tell(&action),
-        })?;
+        let block = match &subject {
+            Subject::Served(served) => {
+                for range in &ranges {
+                    served.changes().mark_both(range.offset, range.length);
+                }
+                served.changes().block_size()
+            }
+            Subject::Tracked(device) => {
+                device.mark_both(&sectors).map_err(|error| match error {
+                    MarkError::Range(error) => ApiError::of(Code::OutOfRange, &action, &error),
+                    MarkError::Save(error) => error.tell(&action),
+                })?;
+                device.block_size()
+            }
+        };
         Ok(api::Marked {
-            blocks: blocks(&ranges, device.block_size().bytes()),
+            blocks: blocks(&ranges, block.bytes()),
             ranges: ranges.len() as u64,
             bytes: ranges.iter().map(|range| range.length).sum(),
         })

@@ -20,7 +20,7 @@ use crate::nbd::registry::RegistryError;
 use crate::snapshot::{
     Content, Event, EventData, HoldOptions, Image, Info, Member, SnapshotError, State, TakeOptions, Waited,
 };
-use crate::storage::{SpecError, StorageSpec, stored_bytes};
+use crate::storage::{DirStorage, SpecError, StorageSpec, stored_bytes};
 use crate::units::SnapshotId;
 
 impl Agent {
@@ -90,7 +90,17 @@ impl Agent {
                 keep: None,
             }]);
         }
-        given.iter().map(|text| storage_spec(text)).collect()
+        let specs: Vec<_> = given
+            .iter()
+            .map(|text| storage_spec(text))
+            .collect::<Result<_, _>>()?;
+        // One that can't be used is told before anything is done.
+        for spec in &specs {
+            if let StorageSpec::Directory { path, .. } = spec {
+                DirStorage::open(path).map_err(|error| error.tell("create a snapshot"))?;
+            }
+        }
+        Ok(specs)
     }
 
     pub(super) fn append_storage(

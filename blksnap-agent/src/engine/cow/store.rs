@@ -145,7 +145,8 @@ impl Store {
         self.staging.waiting()
     }
 
-    pub(super) fn count(&self, bytes: u64) {
+    /// Counts bytes of old data that are kept.
+    pub fn count(&self, bytes: u64) {
         self.preserved.fetch_add(bytes, Ordering::Relaxed);
     }
 
