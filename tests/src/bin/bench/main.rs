@@ -4,6 +4,7 @@
 //! devices in the temporary directory. `cargo xtask bench` builds both and starts this.
 
 mod converge;
+mod cow_space;
 mod idle;
 mod issue;
 mod nbd;
@@ -51,6 +52,8 @@ enum Group {
     Storm,
     /// Rate of a backup and length of a freeze
     Converge,
+    /// What difference storage takes, by the unit of preserving
+    CowSpace,
     /// The NBD server beside qemu-nbd and nbdkit
     Nbd,
 }
@@ -136,6 +139,9 @@ fn measure(arguments: &Arguments) -> Result<Report> {
     }
     if wanted(Group::Converge) {
         converge::measure(&mut bench)?;
+    }
+    if wanted(Group::CowSpace) {
+        cow_space::measure(&mut bench)?;
     }
     if wanted(Group::Nbd) {
         nbd::measure(&mut bench, arguments.only.as_deref())?;
