@@ -4,6 +4,9 @@
 //! slot in flight can't be reached, and is not freed before the kernel is done with it: dropping the table waits
 //! for every completion, and if even that fails, it leaks the buffers. Short transfers are continued and
 //! interrupted ones repeated here, so that an operation ends exactly once: complete or failed.
+//!
+//! A [`Ring`] is a table with nothing in flight, to be kept for the next time. Its buffers are registered with the
+//! kernel where that is permitted (`RLIMIT_MEMLOCK`), which saves mapping them for each operation.
 
 use std::io;
 use std::marker::PhantomData;
@@ -31,18 +34,84 @@ struct Slot {
     operation: Option<Operation>,
 }
 
-/// Slots with a buffer each, for operations on files that live as long as `'f`.
-pub struct InFlight<'f> {
+/// Slots with a buffer each, and nothing in flight.
+pub struct Ring {
     ring: IoUring,
     slots: Vec<Slot>,
+    /// The kernel knows the buffers by the numbers of their slots.
+    registered: bool,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring")
+            .field("slots", &self.slots)
+            .field("registered", &self.registered)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Ring {
+    /// `slots` slots with buffers of `length` bytes.
+    ///
+    /// # Errors
+    /// io_uring is not there or not permitted (`ENOSYS`, `EPERM`), or there is no memory.
+    pub fn new(slots: u32, length: usize) -> io::Result<Self> {
+        let ring = IoUring::builder().build(slots.next_power_of_two())?;
+        let slots: Vec<Slot> = (0..slots)
+            .map(|_| Slot {
+                buffer: AlignedBuffer::zeroed(length),
+                operation: None,
+            })
+            .collect();
+        let vectors: Vec<libc::iovec> = slots
+            .iter()
+            .map(|slot| libc::iovec {
+                iov_base: slot.buffer.address().cast(),
+                iov_len: slot.buffer.len(),
+            })
+            .collect();
+        // SAFETY: the buffers are freed after the ring, which is the first field, or leaked.
+        let registered = unsafe { ring.submitter().register_buffers(&vectors) }.is_ok();
+        Ok(Self {
+            ring,
+            slots,
+            registered,
+        })
+    }
+
+    /// Number of slots.
+    #[must_use]
+    pub const fn slots(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Whether the buffers are registered.
+    #[must_use]
+    pub const fn is_registered(&self) -> bool {
+        self.registered
+    }
+}
+
+/// A ring for operations on files that live as long as `'f`.
+pub struct InFlight<'f> {
+    /// Only gone while this is taken apart.
+    inner: Option<Ring>,
     files: PhantomData<BorrowedFd<'f>>,
 }
 
 impl std::fmt::Debug for InFlight<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("InFlight")
-            .field("slots", &self.slots)
-            .finish_non_exhaustive()
+        f.debug_struct("InFlight").field("ring", &self.inner).finish()
+    }
+}
+
+impl From<Ring> for InFlight<'_> {
+    fn from(ring: Ring) -> Self {
+        Self {
+            inner: Some(ring),
+            files: PhantomData,
+        }
     }
 }
 
@@ -50,24 +119,37 @@ impl<'f> InFlight<'f> {
     /// A table of `slots` slots with buffers of `length` bytes.
     ///
     /// # Errors
-    /// io_uring is not there or not permitted (`ENOSYS`, `EPERM`), or there is no memory.
+    /// As [`Ring::new`].
     pub fn new(slots: u32, length: usize) -> io::Result<Self> {
-        let ring = IoUring::builder().build(slots.next_power_of_two())?;
-        let slots = (0..slots).map(|_| Slot {
-            buffer: AlignedBuffer::zeroed(length),
-            operation: None,
-        });
-        Ok(Self {
-            ring,
-            slots: slots.collect(),
-            files: PhantomData,
-        })
+        Ring::new(slots, length).map(Self::from)
+    }
+
+    /// Waits for everything in flight, whatever becomes of it, and gives the ring back.
+    ///
+    /// # Errors
+    /// The ring itself fails; it is gone then.
+    pub fn into_ring(mut self) -> io::Result<Ring> {
+        let mut ended = Vec::new();
+        while self.count() > 0 {
+            self.wait(&mut ended)?;
+            ended.clear();
+        }
+        self.inner.take().ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn ring(&self) -> &Ring {
+        self.inner.as_ref().expect("a table has its ring until it is taken apart")
+    }
+
+    fn ring_mut(&mut self) -> &mut Ring {
+        self.inner.as_mut().expect("a table has its ring until it is taken apart")
     }
 
     /// Number of operations in flight.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.slots.iter().filter(|slot| slot.operation.is_some()).count()
+        let slots = self.inner.iter().flat_map(|ring| &ring.slots);
+        slots.filter(|slot| slot.operation.is_some()).count()
     }
 
     /// The buffer of a slot that is not in flight.
@@ -76,7 +158,7 @@ impl<'f> InFlight<'f> {
     /// The slot is in flight.
     #[must_use]
     pub fn buffer(&self, slot: usize) -> &[u8] {
-        let slot = &self.slots[slot];
+        let slot = &self.ring().slots[slot];
         assert!(
             slot.operation.is_none(),
             "the kernel owns the buffer of a slot in flight"
@@ -129,45 +211,59 @@ impl<'f> InFlight<'f> {
     }
 
     fn start(&mut self, slot: usize, operation: Operation) -> io::Result<()> {
-        let entry = &mut self.slots[slot];
+        let entry = &mut self.ring_mut().slots[slot];
         assert!(entry.operation.is_none(), "a slot has one operation at a time");
         assert!(
             operation.range.start < operation.range.end && operation.range.end <= entry.buffer.len(),
             "an operation is within its buffer"
         );
         entry.operation = Some(operation);
-        self.push(slot).inspect_err(|_| self.slots[slot].operation = None)
+        let pushed = self.push(slot);
+        if pushed.is_err() {
+            self.ring_mut().slots[slot].operation = None;
+        }
+        pushed
     }
 
     /// Queues what is left of the slot's operation.
     fn push(&mut self, slot: usize) -> io::Result<()> {
         let entry = self.entry(slot);
+        let ring = &mut self.ring_mut().ring;
         // SAFETY: the buffer belongs to the slot, is at least as long as the operation's range (asserted in
         // `start`, which only shrinks), and is neither reachable nor freed while the operation is there. The
         // descriptor is open: it was borrowed for `'f`, which outlives `self`.
-        if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+        if unsafe { ring.submission().push(&entry) }.is_ok() {
             return Ok(());
         }
-        self.ring.submit()?;
+        ring.submit()?;
         // SAFETY: as above.
-        unsafe { self.ring.submission().push(&entry) }.map_err(|_| io::ErrorKind::ResourceBusy.into())
+        unsafe { ring.submission().push(&entry) }.map_err(|_| io::ErrorKind::ResourceBusy.into())
     }
 
     fn entry(&self, slot: usize) -> squeue::Entry {
-        let Slot { buffer, operation } = &self.slots[slot];
+        let Ring {
+            slots, registered, ..
+        } = self.ring();
+        let Slot { buffer, operation } = &slots[slot];
         let operation = operation.as_ref().expect("caller has set the operation");
         let descriptor = types::Fd(operation.descriptor);
         // The kernel takes at most 2 GiB less a page at a time; more is continued as a short transfer.
         let length = u32::try_from(operation.range.len()).unwrap_or(1 << 30);
         let address = buffer.address().wrapping_add(operation.range.start);
-        let entry = if operation.write {
-            opcode::Write::new(descriptor, address, length)
+        let index = u16::try_from(slot).ok().filter(|_| *registered);
+        let entry = match (operation.write, index) {
+            (true, Some(index)) => opcode::WriteFixed::new(descriptor, address, length, index)
                 .offset(operation.offset)
-                .build()
-        } else {
-            opcode::Read::new(descriptor, address, length)
+                .build(),
+            (true, None) => opcode::Write::new(descriptor, address, length)
                 .offset(operation.offset)
-                .build()
+                .build(),
+            (false, Some(index)) => opcode::ReadFixed::new(descriptor, address, length, index)
+                .offset(operation.offset)
+                .build(),
+            (false, None) => opcode::Read::new(descriptor, address, length)
+                .offset(operation.offset)
+                .build(),
         };
         entry.user_data(slot as u64)
     }
@@ -178,12 +274,13 @@ impl<'f> InFlight<'f> {
     /// The ring itself fails; operations may still be in flight.
     pub fn wait(&mut self, ended: &mut Vec<(usize, io::Result<()>)>) -> io::Result<()> {
         while ended.is_empty() && self.count() > 0 {
-            match self.ring.submit_and_wait(1) {
+            match self.ring_mut().ring.submit_and_wait(1) {
                 Ok(_) => {}
                 Err(error) if is_transient(&error) => {}
                 Err(error) => return Err(error),
             }
             let completions: Vec<(u64, i32)> = self
+                .ring_mut()
                 .ring
                 .completion()
                 .map(|completion| (completion.user_data(), completion.result()))
@@ -201,7 +298,7 @@ impl<'f> InFlight<'f> {
 
     /// The end of a slot's operation; `None` if it has to go on.
     fn complete(&mut self, slot: usize, result: i32) -> Option<io::Result<()>> {
-        let operation = self.slots[slot]
+        let operation = self.ring_mut().slots[slot]
             .operation
             .as_mut()
             .expect("a completion belongs to an operation");
@@ -224,7 +321,7 @@ impl<'f> InFlight<'f> {
                 Err(error)
             }
         };
-        self.slots[slot].operation = None;
+        self.ring_mut().slots[slot].operation = None;
         Some(outcome)
     }
 }
@@ -242,7 +339,7 @@ impl Drop for InFlight<'_> {
         while self.count() > 0 {
             if self.wait(&mut ended).is_err() {
                 // The kernel may still write to them.
-                std::mem::forget(std::mem::take(&mut self.slots));
+                std::mem::forget(self.inner.take());
                 return;
             }
             ended.clear();
@@ -307,6 +404,22 @@ mod tests {
         }
         assert_eq!(results[0].as_ref().unwrap().kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(results[1].as_ref().unwrap().raw_os_error(), Some(libc::EBADF));
+    }
+
+    #[test]
+    fn a_ring_is_used_again() {
+        let ring = Ring::new(2, 4096).unwrap();
+        println!("registered buffers: {}", ring.is_registered());
+        let zero = File::open("/dev/zero").unwrap();
+        let mut table = InFlight::from(ring);
+        table.read(0, zero.as_fd(), 0, 4096).unwrap();
+        let ring = table.into_ring().unwrap();
+        assert_eq!(ring.slots(), 2);
+        let other = tempfile::tempfile().unwrap();
+        let mut table = InFlight::from(ring);
+        table.write(0, other.as_fd(), 8192, 0..512).unwrap();
+        drop(table.into_ring().unwrap());
+        assert_eq!(other.metadata().unwrap().len(), 8192 + 512);
     }
 
     #[test]
