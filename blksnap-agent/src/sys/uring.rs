@@ -138,11 +138,15 @@ impl<'f> InFlight<'f> {
     }
 
     fn ring(&self) -> &Ring {
-        self.inner.as_ref().expect("a table has its ring until it is taken apart")
+        self.inner
+            .as_ref()
+            .expect("a table has its ring until it is taken apart")
     }
 
     fn ring_mut(&mut self) -> &mut Ring {
-        self.inner.as_mut().expect("a table has its ring until it is taken apart")
+        self.inner
+            .as_mut()
+            .expect("a table has its ring until it is taken apart")
     }
 
     /// Number of operations in flight.

@@ -19,6 +19,7 @@ mod admission;
 mod commit;
 mod image;
 pub mod journal;
+mod mover;
 mod origin;
 mod preserve;
 mod staging;

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::image::Image;
+use super::mover::Mover;
 use super::store::{Promise, Store};
 use crate::cow::{ChunkLayout, Hold, HoldError, Overflow, Slot, SnapshotKey, Table, UnitSet};
 use crate::disk::Disk;
@@ -110,6 +111,7 @@ pub struct Origin {
     /// A job was settled, or a snapshot is gone.
     pub(super) settled: Condvar,
     pub(super) times: Times,
+    pub(super) mover: Mover,
 }
 
 impl std::fmt::Debug for Origin {
@@ -136,6 +138,7 @@ impl Origin {
             }),
             settled: Condvar::new(),
             times: Times::default(),
+            mover: Mover::default(),
         }
     }
 

@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+use super::mover::{self, Move, PIECE};
 use super::origin::{Origin, State};
 use super::staging::Staged;
 use super::store::{Promise, Store};
 use crate::cow::{BufferId, ChunkRange, Job, Slot, UnitSet};
-use crate::disk::Zero;
 
-/// Read and written at once.
-const PIECE: u64 = 1 << 20;
+/// Most bytes that are staged at once.
+const STAGED: u64 = 1 << 20;
 
 /// A job, with the stores that it needs.
 pub(super) struct Work {
@@ -115,28 +115,16 @@ impl Origin {
             .zip(&work.stores)
             .map(|(need, store)| self.target(store.as_ref(), job.chunk, need.units))
             .collect();
-        let mut buffer = Vec::new();
-        for range in self.layout().ranges(job.chunk, job.units) {
-            for piece in pieces(range) {
-                buffer.resize(length_of(&piece), 0);
-                if let Err(error) = self.disk().read_at(&mut buffer, piece.offset) {
-                    let what = format!("read old data at byte {} of {}", piece.offset, self.disk().name());
-                    for target in &mut targets {
-                        if target.is_ok() {
-                            *target = Err(Unmet::new(&what, &error));
-                        }
-                    }
-                    break;
-                }
-                for (target, need) in targets.iter_mut().zip(&job.needs) {
-                    let Ok(Some(Target { slot, store })) = target else {
-                        continue;
-                    };
-                    if let Err(error) = self.write_old(store, *slot, need.units, &piece, &buffer) {
-                        *target = Err(error);
-                    }
-                }
+        let moves = self.moves(job, &targets);
+        let outcome = self.mover.run(&**self.disk(), &moves);
+        if let Some((offset, error)) = outcome.read {
+            let what = format!("read old data at byte {offset} of {}", self.disk().name());
+            for target in targets.iter_mut().filter(|target| matches!(target, Ok(Some(_)))) {
+                *target = Err(Unmet::new(&what, &error));
             }
+        }
+        for (need, disk, error) in outcome.written {
+            targets[need] = Err(Unmet::new(&format!("write old data to {disk}"), &error));
         }
         targets
             .into_iter()
@@ -151,6 +139,41 @@ impl Origin {
             .collect()
     }
 
+    /// The pieces of a job, and where they go.
+    fn moves(&self, job: &Job, targets: &[Result<Option<Target>, Unmet>]) -> Vec<Move> {
+        let start = self.layout().start_of(job.chunk);
+        let mut moves = Vec::new();
+        for piece in self.layout().ranges(job.chunk, job.units).flat_map(pieces) {
+            let mut places = Vec::new();
+            for (number, (target, need)) in targets.iter().zip(&job.needs).enumerate() {
+                let Ok(Some(Target { slot, store })) = target else {
+                    continue;
+                };
+                for range in self.layout().ranges(job.chunk, need.units) {
+                    let from = range.offset.max(piece.offset);
+                    let to = range.end().min(piece.end());
+                    if from < to {
+                        places.push(mover::Target {
+                            need: number,
+                            disk: store.storage.disk(slot.region),
+                            offset: slot.offset + (from - start),
+                            from: within(&piece, from),
+                            length: within(&piece, to) - within(&piece, from),
+                        });
+                    }
+                }
+            }
+            if !places.is_empty() {
+                moves.push(Move {
+                    offset: piece.offset,
+                    length: length_of(&piece),
+                    targets: places,
+                });
+            }
+        }
+        moves
+    }
+
     /// Keeps the old data in memory, if all who need it can do with that and have room.
     fn stage(&self, work: &Work) -> Option<Vec<Result<Option<BufferId>, Unmet>>> {
         let job = &work.job;
@@ -158,7 +181,7 @@ impl Origin {
         let first = ranges.next()?;
         let end = ranges.last().map_or(first.end(), |last| last.end());
         let span = usize::try_from(end - first.offset).ok()?;
-        if span as u64 > PIECE {
+        if span as u64 > STAGED {
             return None;
         }
         let mut reserved = Vec::new();
@@ -218,36 +241,6 @@ impl Origin {
         }))
     }
 
-    /// Writes those bytes of a piece that belong to `units` to the slot.
-    fn write_old(
-        &self,
-        store: &Store,
-        slot: Slot,
-        units: UnitSet,
-        piece: &ChunkRange,
-        data: &[u8],
-    ) -> Result<(), Unmet> {
-        let disk = store.storage.disk(slot.region);
-        let start = self.layout().start_of(piece.chunk);
-        for range in self.layout().ranges(piece.chunk, units) {
-            let from = range.offset.max(piece.offset);
-            let to = range.end().min(piece.end());
-            if from >= to {
-                continue;
-            }
-            let at = |byte: u64| usize::try_from(byte - piece.offset).expect("within the piece");
-            let part = &data[at(from)..at(to)];
-            let target = slot.offset + (from - start);
-            let written = if is_zero(part) {
-                disk.zero_at(target, to - from, Zero::Deallocate, false)
-            } else {
-                disk.write_at(part, target)
-            };
-            written.map_err(|error| Unmet::new(&format!("write old data to {}", disk.name()), &error))?;
-        }
-        Ok(())
-    }
-
     /// Stores a buffer of the queue.
     pub(super) fn store_staged(&self, store: &Arc<Store>, id: BufferId, staged: &Staged) {
         let mut state = self.lock();
@@ -288,7 +281,10 @@ impl Origin {
         for range in self.layout().ranges(staged.chunk, units) {
             let at = usize::try_from(range.offset - staged.start).expect("it is in the buffer");
             let data = &staged.data[at..at + length_of(&range)];
-            self.write_old(store, slot, units, &range, data)?;
+            let disk = store.storage.disk(slot.region);
+            let offset = slot.offset + (range.offset - self.layout().start_of(staged.chunk));
+            disk.write_at(data, offset)
+                .map_err(|error| Unmet::new(&format!("write old data to {}", disk.name()), &error))?;
         }
         record(store, staged.chunk, units, slot)?;
         store.count(self.layout().bytes_of(staged.chunk, units));
@@ -343,19 +339,18 @@ fn length_of(range: &ChunkRange) -> usize {
     usize::try_from(range.length).expect("a chunk fits into memory")
 }
 
+/// Offset of a byte in a piece.
+fn within(piece: &ChunkRange, byte: u64) -> usize {
+    usize::try_from(byte - piece.offset).expect("a piece fits into memory")
+}
+
 /// A range in pieces that are read at once.
 fn pieces(range: ChunkRange) -> impl Iterator<Item = ChunkRange> {
     (range.offset..range.end())
-        .step_by(usize::try_from(PIECE).expect("1 MiB"))
+        .step_by(usize::try_from(PIECE).expect("a piece fits into memory"))
         .map(move |offset| ChunkRange {
             chunk: range.chunk,
             offset,
             length: PIECE.min(range.end() - offset),
         })
-}
-
-/// Whether all bytes are zero.
-fn is_zero(data: &[u8]) -> bool {
-    // The first differs in most data.
-    data.first().is_none_or(|first| *first == 0) && data.iter().all(|byte| *byte == 0)
 }
