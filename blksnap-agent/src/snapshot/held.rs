@@ -25,6 +25,7 @@ use crate::engine::cow::journal::{Journal, JournalError, Subject};
 use crate::engine::cow::{Broken, DiffStorage, Promise, Store, StoreOptions};
 use crate::filter::converge::Consistency;
 use crate::filter::served::{self, Served, ServedImage};
+use crate::statefile;
 use crate::storage::{Pool, PoolOptions, StorageSpec};
 use crate::units::{SECTOR_BYTES, Sectors, SnapshotId};
 
@@ -144,6 +145,9 @@ impl Held {
                 .mode(0o700)
                 .create(directory)
                 .map_err(|source| SnapshotError::state("make", directory, source))?;
+            if began.durable {
+                statefile::sync_directory_of(directory)?;
+            }
         }
         if began.durable {
             for device in devices {
@@ -157,7 +161,7 @@ impl Held {
             let subject = subject(id, number, served);
             let journal = directory
                 .as_ref()
-                .map(|directory| begin_journal(&journal_path(directory, number), &subject))
+                .map(|directory| begin_journal(&journal_path(directory, number), &subject, options.promise))
                 .transpose()?;
             members.push(served::Member {
                 served: Arc::clone(served),
@@ -449,7 +453,7 @@ fn subject(id: SnapshotId, number: usize, served: &Served) -> Subject {
     }
 }
 
-fn begin_journal(path: &Path, subject: &Subject) -> Result<Journal, SnapshotError> {
+fn begin_journal(path: &Path, subject: &Subject, promise: Promise) -> Result<Journal, SnapshotError> {
     let made = || -> io::Result<File> {
         let file = OpenOptions::new()
             .read(true)
@@ -466,7 +470,7 @@ fn begin_journal(path: &Path, subject: &Subject) -> Result<Journal, SnapshotErro
         Arc::new(file),
         Journal::most_bytes(&subject.layout),
     );
-    Ok(Journal::create(Arc::new(disk), subject)?)
+    Ok(Journal::create(Arc::new(disk), subject, promise)?)
 }
 
 fn new_store(

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use frame::{FrameError, Section};
-use place::{Files, System};
+use place::{Files, System, Unsynced};
 
 /// Longest state file that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -138,6 +138,20 @@ pub fn write_sections<H: Serialize, S: Section>(
     sections: &[S],
 ) -> Result<(), StateFileError> {
     write_sections_to(&System, path, format, header, sections)
+}
+
+/// As [`write_sections`], but only in the page cache when it returns: the file is replaced as a whole for whoever reads
+/// it in this boot. After a power cut it may be the old one, the new one, or damaged.
+///
+/// # Errors
+/// As [`write_sections`].
+pub fn write_sections_in_boot<H: Serialize, S: Section>(
+    path: &Path,
+    format: Format,
+    header: &H,
+    sections: &[S],
+) -> Result<(), StateFileError> {
+    write_sections_to(&Unsynced(System), path, format, header, sections)
 }
 
 fn write_sections_to<F: Files, H: Serialize, S: Section>(

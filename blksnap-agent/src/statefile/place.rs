@@ -59,6 +59,33 @@ impl Files for System {
     }
 }
 
+/// A file system that makes nothing durable before its time.
+pub(super) struct Unsynced<F>(pub(super) F);
+
+impl<F: Files> Files for Unsynced<F> {
+    type File = F::File;
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.0.remove(path)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<F::File> {
+        self.0.create(path)
+    }
+
+    fn sync(&self, _file: &F::File) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.0.rename(from, to)
+    }
+
+    fn sync_directory(&self, _directory: &Path) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Makes what `content` writes the file at `path`.
 pub(super) fn place<F: Files>(
     files: &F,

@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use uuid::Uuid;
 
+use super::store::Promise;
 use crate::cow::{ChunkLayout, RegionId, Slot, Table, UnitSet};
 use crate::disk::Disk;
 
@@ -104,13 +105,17 @@ impl Journal {
         ENTRIES_AT + layout.size().div_ceil(layout.unit_bytes()) * ENTRY as u64
     }
 
-    /// A new journal on `disk`, which must read as zeroes.
+    /// A new journal on `disk`, which must read as zeroes. It is durable where the snapshot is to survive a power cut;
+    /// else it is in the page cache, as its entries will be.
     ///
     /// # Errors
     /// The disk fails.
-    pub fn create(disk: Arc<dyn Disk>, subject: &Subject) -> Result<Self, JournalError> {
+    pub fn create(disk: Arc<dyn Disk>, subject: &Subject, promise: Promise) -> Result<Self, JournalError> {
         disk.write_at(&header(subject), 0)
-            .and_then(|()| disk.flush())
+            .and_then(|()| match promise {
+                Promise::PowerCut => disk.flush(),
+                Promise::AgentCrash | Promise::Nothing => Ok(()),
+            })
             .map_err(|source| failed("begin", &*disk, source))?;
         Ok(Self {
             disk,

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
-use crate::cbt::{CbtMap, FullNeeded, MapError, ReadMap, ResetReason, SavedHeader, Taken};
+use crate::cbt::{Blocks, CbtMap, FullNeeded, MapError, ReadMap, ResetReason, SavedHeader, Taken};
 use crate::statefile::{self, Format, StateFileError};
 use crate::units::{BlockSize, Generation, Sectors};
 
@@ -190,11 +190,27 @@ impl Changes {
         Ok(taken)
     }
 
-    /// Writes the map to its file, and removes the marks of periods that it covers.
+    /// Writes the map to its file, durably, and removes the marks of periods that it covers.
     ///
     /// # Errors
     /// The file can't be written. The marks stay, so nothing is lost.
     pub fn save(&self) -> Result<(), ChangesError> {
+        self.save_by(statefile::write_sections)
+    }
+
+    /// As [`Changes::save`], for the next agent of this boot: the map is in the page cache, as the marks of the open
+    /// period are. No other boot believes it until the agent has stopped, and saved it durably.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn save_in_boot(&self) -> Result<(), ChangesError> {
+        self.save_by(statefile::write_sections_in_boot)
+    }
+
+    fn save_by(
+        &self,
+        write: impl FnOnce(&Path, Format, &SavedHeader, &[Blocks]) -> Result<(), StateFileError>,
+    ) -> Result<(), ChangesError> {
         let state = self.lock();
         let Some(directory) = state.directory.clone() else {
             return Ok(());
@@ -202,7 +218,7 @@ impl Changes {
         let saved = state.map.save();
         let current = period_path(&directory, state.map.generation(), state.map.active());
         drop(state);
-        statefile::write_sections(&directory.join("map"), MAP, &saved.header, &saved.sections())?;
+        write(&directory.join("map"), MAP, &saved.header, &saved.sections())?;
         remove_periods(&directory, Some(&current));
         Ok(())
     }

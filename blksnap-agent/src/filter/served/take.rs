@@ -105,7 +105,7 @@ pub fn take(members: &[Member]) -> Result<Vec<TakenMember>, TakeError> {
     });
     // The marks of the closed period are still there until this succeeds.
     for done in &taken {
-        if let Err(error) = done.image.served().changes().save() {
+        if let Err(error) = done.image.served().changes().save_in_boot() {
             tracing::warn!(%error, "the change map can't be saved; its marks are kept");
         }
     }

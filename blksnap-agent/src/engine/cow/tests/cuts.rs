@@ -161,7 +161,7 @@ fn play(seed: u64, promise: Promise, operations: u64) -> (Run, bool) {
         })
     });
     let [origin_disk, storage_disk, journal_disk] = dying;
-    let journal = Journal::create(journal_disk, &subject(layout)).unwrap();
+    let journal = Journal::create(journal_disk, &subject(layout), promise).unwrap();
     let origin = Arc::new(Origin::new(origin_disk, layout));
     let (kept, _) = store(1, &Plain::new(&[(storage_disk, true)]), promise, Some(journal));
     let image = origin.pause().arm(Arc::clone(&kept)).unwrap();

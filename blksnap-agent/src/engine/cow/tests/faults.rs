@@ -97,7 +97,7 @@ impl World {
         rng.fill_bytes(&mut model);
         disks[0].write_at(&model, 0).unwrap();
         let origin = Arc::new(Origin::new(Arc::clone(&disks[0]) as _, layout));
-        let journal = Journal::create(Arc::clone(&disks[2]) as _, &subject).unwrap();
+        let journal = Journal::create(Arc::clone(&disks[2]) as _, &subject, promise).unwrap();
         let storage = Plain::new(&[(Arc::clone(&disks[1]) as _, true)]);
         let (first, told) = store(1, &storage, promise, Some(journal));
         let sound: Arc<dyn Disk> = Arc::new(MemoryDisk::new("sound", 1 << 22, 1 << 30));
