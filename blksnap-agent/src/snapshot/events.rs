@@ -37,6 +37,9 @@ pub enum EventData {
 }
 
 impl EventData {
+    /// The name of each code, in their order.
+    pub const LABELS: [&'static str; 2] = ["low_free_space", "corrupted"];
+
     /// The original's number of it.
     #[must_use]
     pub const fn code(&self) -> u32 {
@@ -49,10 +52,7 @@ impl EventData {
     /// Its name.
     #[must_use]
     pub const fn label(&self) -> &'static str {
-        match self {
-            Self::LowFreeSpace { .. } => "low_free_space",
-            Self::Corrupted { .. } => "corrupted",
-        }
+        Self::LABELS[self.code() as usize]
     }
 }
 

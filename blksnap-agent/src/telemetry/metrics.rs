@@ -3,6 +3,8 @@
 //! Every series of loss (`ring_full`, `run_misses`) and of doubt (`generation_resets` by reason) is there from the
 //! attach on with the value 0, so that an alert can be written before anything has gone wrong.
 
+mod held;
+
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
@@ -10,6 +12,8 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
+
+pub use held::{HeldSample, ServedSample};
 
 /// First word of every name.
 const PREFIX: &str = "blksnap";
@@ -23,6 +27,10 @@ pub struct Sample {
     pub kernel: String,
     /// The tracked devices.
     pub devices: Vec<DeviceSample>,
+    /// The devices that the agent serves.
+    pub served: Vec<ServedSample>,
+    /// The snapshots that hold them.
+    pub held: Vec<HeldSample>,
     /// Snapshots by state, each state present.
     pub snapshots: Vec<(&'static str, u64)>,
     /// Bytes that the difference storage occupies.
@@ -445,202 +453,10 @@ impl Collector for Sample {
         )?;
         self.encode_devices(&mut out)?;
         self.encode_snapshots(&mut out)?;
+        held::encode(&self.served, &self.held, &mut out)?;
         self.encode_nbd(&mut out)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
-
-    use super::*;
-
-    /// Series of a text: (name, labels) to value.
-    type Series = BTreeMap<(String, BTreeMap<String, String>), f64>;
-
-    fn is_name(text: &str) -> bool {
-        text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
-            && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
-    }
-
-    /// Labels and the rest of the line behind `}`.
-    fn labels(mut text: &str) -> (BTreeMap<String, String>, &str) {
-        let mut labels = BTreeMap::new();
-        loop {
-            let (key, rest) = text.split_once("=\"").expect("a label has a value");
-            assert!(is_name(key), "label {key:?}");
-            let mut value = String::new();
-            let mut chars = rest.char_indices();
-            let end = loop {
-                match chars.next().expect("a value ends") {
-                    (at, '"') => break at,
-                    (_, '\\') => value.push(match chars.next().expect("an escape ends").1 {
-                        'n' => '\n',
-                        c @ ('"' | '\\') => c,
-                        c => panic!("escape of {c:?}"),
-                    }),
-                    (_, c) => value.push(c),
-                }
-            };
-            assert!(
-                labels.insert(key.to_owned(), value).is_none(),
-                "label {key} twice"
-            );
-            text = &rest[end + 1..];
-            if let Some(rest) = text.strip_prefix('}') {
-                return (labels, rest);
-            }
-            text = text.strip_prefix(',').expect("labels are separated by commas");
-        }
-    }
-
-    /// A parser that takes only what the OpenMetrics 1.0 text format allows of counters, gauges and infos.
-    fn parse(text: &str) -> Series {
-        let body = text.strip_suffix("# EOF\n").expect("the text ends with # EOF");
-        let mut series = Series::new();
-        let mut families = BTreeSet::new();
-        let mut family: Option<(String, Option<String>)> = None;
-        for line in body.lines() {
-            assert!(!line.is_empty() && line == line.trim(), "{line:?}");
-            if let Some(comment) = line.strip_prefix("# ") {
-                let mut words = comment.splitn(3, ' ');
-                let (what, name, rest) = (
-                    words.next().unwrap(),
-                    words.next().unwrap(),
-                    words.next().expect("text"),
-                );
-                assert!(is_name(name), "{line:?}");
-                match what {
-                    "HELP" => {
-                        assert!(families.insert(name.to_owned()), "family {name} twice");
-                        family = Some((name.to_owned(), None));
-                    }
-                    "TYPE" => {
-                        let (current, kind) = family.as_mut().expect("HELP comes first");
-                        assert_eq!(current, name);
-                        assert!(["counter", "gauge", "info"].contains(&rest));
-                        assert!(kind.replace(rest.to_owned()).is_none());
-                    }
-                    "UNIT" => {
-                        assert_eq!(family.as_ref().unwrap().0, name);
-                        assert!(name.ends_with(&format!("_{rest}")), "{line:?}");
-                    }
-                    other => panic!("comment {other}"),
-                }
-                continue;
-            }
-            let (name, rest) = line.split_at(line.find(['{', ' ']).expect("a value"));
-            let (labels, rest) = rest
-                .strip_prefix('{')
-                .map_or_else(|| (BTreeMap::new(), rest), labels);
-            let value: f64 = rest.strip_prefix(' ').expect("one blank").parse().unwrap();
-            assert!(is_name(name));
-            let (current, kind) = family.as_ref().unwrap();
-            let suffix = match kind.as_deref().expect("a type") {
-                "counter" => "_total",
-                "info" => "_info",
-                _ => "",
-            };
-            assert_eq!(name, format!("{current}{suffix}"), "{line:?}");
-            assert!(
-                series.insert((name.to_owned(), labels), value).is_none(),
-                "{line:?} twice"
-            );
-        }
-        series
-    }
-
-    fn sample() -> Sample {
-        let device = |name: &str| DeviceSample {
-            device: name.to_owned(),
-            capacity: 1 << 40,
-            block_size: 1 << 20,
-            dirty_blocks: 7,
-            changes_number: 255,
-            operations: vec![("write", 3, 12_288), ("discard", 0, 0)],
-            lost: false,
-            passthrough: 0,
-            doubts: vec![("run_missed", 0)],
-            resets: vec![("wrapped", 1), ("run_missed", 0)],
-            ring_records: u64::MAX,
-            ring_full: 0,
-            run_misses: 0,
-        };
-        Sample {
-            version: "0.1.0".to_owned(),
-            kernel: "6.18.0".to_owned(),
-            devices: vec![device("sda1"), device("a\"b\\c\nd")],
-            snapshots: vec![("created", 0), ("taken", 2)],
-            storage_bytes: 4096,
-            takes: TakeSample {
-                frozen_seconds: 0.25,
-                ..TakeSample::default()
-            },
-            nbd: NbdSample {
-                requests: vec![("read", 10), ("block_status", 0)],
-                errors: vec![("eio", 0), ("eperm", 2)],
-                ..NbdSample::default()
-            },
-        }
-    }
-
-    fn value(series: &Series, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
-        let labels = labels
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-            .collect();
-        series.get(&(name.to_owned(), labels)).copied()
-    }
-
-    #[test]
-    fn the_text_is_strict_openmetrics() {
-        let series = parse(&render(sample()).unwrap());
-        let get = |name: &str, labels: &[(&str, &str)]| value(&series, name, labels);
-        assert_eq!(
-            get(
-                "blksnap_build_info",
-                &[("version", "0.1.0"), ("kernel", "6.18.0")]
-            ),
-            Some(1.0)
-        );
-        let write = [("device", "sda1"), ("operation", "write")];
-        assert_eq!(get("blksnap_device_written_bytes_total", &write), Some(12_288.0));
-        assert_eq!(get("blksnap_device_operations_total", &write), Some(3.0));
-        assert_eq!(
-            get("blksnap_device_ring_full_total", &[("device", "a\"b\\c\nd")]),
-            Some(0.0)
-        );
-        assert_eq!(
-            get("blksnap_device_dirty_blocks", &[("device", "sda1")]),
-            Some(7.0)
-        );
-        assert_eq!(get("blksnap_snapshots", &[("state", "taken")]), Some(2.0));
-        assert_eq!(get("blksnap_difference_storage_bytes", &[]), Some(4096.0));
-        assert_eq!(get("blksnap_frozen_seconds_total", &[]), Some(0.25));
-        assert_eq!(
-            get("blksnap_nbd_requests_total", &[("command", "read")]),
-            Some(10.0)
-        );
-        assert_eq!(get("blksnap_nbd_errors_total", &[("error", "eio")]), Some(0.0));
-    }
-
-    #[test]
-    fn loss_and_doubt_are_there_before_they_happen() {
-        let series = parse(&render(sample()).unwrap());
-        for name in ["ring_full", "run_misses", "passthrough_commands"] {
-            let name = format!("blksnap_device_{name}_total");
-            assert_eq!(value(&series, &name, &[("device", "sda1")]), Some(0.0), "{name}");
-        }
-        let reason = [("device", "sda1"), ("reason", "run_missed")];
-        for name in ["doubts", "generation_resets"] {
-            let name = format!("blksnap_device_{name}_total");
-            assert_eq!(value(&series, &name, &reason), Some(0.0), "{name}");
-        }
-        assert_eq!(
-            value(&series, "blksnap_device_lost", &[("device", "sda1")]),
-            Some(0.0)
-        );
-        // Without a device there is no series of a device, and the text is still right.
-        parse(&render(Sample::default()).unwrap());
-    }
-}
+mod tests;

@@ -1,15 +1,17 @@
 //! Metrics: the sample that `/metrics` shows.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use blksnap_common::track::OpKind;
 
 use super::super::doctor;
 use super::Agent;
 use crate::cbt::{CbtMap, ResetReason};
-use crate::control::api::SnapshotState;
+use crate::control::api::{Snapshot, SnapshotState};
 use crate::control::error::{ApiError, Code};
-use crate::telemetry::metrics::{self, DeviceSample, Sample, TakeSample};
+use crate::filter::served::Served;
+use crate::snapshot::EventData;
+use crate::telemetry::metrics::{self, DeviceSample, HeldSample, Sample, ServedSample, TakeSample};
 
 /// Takes since the start.
 #[derive(Debug, Default)]
@@ -93,6 +95,8 @@ impl Agent {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel: doctor::release(),
             devices,
+            served: self.served_samples(),
+            held: self.held_samples(&snapshots),
             snapshots: SnapshotState::ALL
                 .iter()
                 .map(|state| (state.label(), by_state(*state)))
@@ -102,5 +106,38 @@ impl Agent {
             nbd: self.nbd_sample(),
         })
         .map_err(|error| ApiError::of(Code::Io, "show the metrics", &error))
+    }
+
+    fn served_samples(&self) -> Vec<ServedSample> {
+        let sample = |served: &Arc<Served>| {
+            let counters = served.origin().counters();
+            let times = served.origin().times();
+            ServedSample {
+                device: served.name().to_owned(),
+                held_writes: counters.held_writes,
+                held: times.sum(),
+                hold_times: times.cumulative().collect(),
+                preserved_bytes: counters.preserved_bytes,
+                queued: counters.queued,
+            }
+        };
+        self.served.all().iter().map(sample).collect()
+    }
+
+    fn held_samples(&self, snapshots: &[Snapshot]) -> Vec<HeldSample> {
+        let sample = |snapshot: &Snapshot| {
+            let usage = snapshot.usage?;
+            let sent = self
+                .snapshots
+                .events(snapshot.id)
+                .map_or([0; 2], |(_, sent)| sent);
+            Some(HeldSample {
+                snapshot: snapshot.id.to_string(),
+                used_bytes: usage.used,
+                free_bytes: usage.bytes.saturating_sub(usage.used),
+                events: EventData::LABELS.into_iter().zip(sent).collect(),
+            })
+        };
+        snapshots.iter().filter_map(sample).collect()
     }
 }
