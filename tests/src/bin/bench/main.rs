@@ -1,9 +1,11 @@
-//! Benchmark: what tracking costs a writer, how fast a backup is, how long a freeze, how fast the NBD server.
+//! Benchmark: what tracking costs a writer, how fast a backup is, how long a freeze, how fast the NBD server,
+//! what a snapshot of a served device costs.
 //!
 //! It runs the agent as it is used, a daemon and its commands, on devices of its own: a zram device and loop
 //! devices in the temporary directory. `cargo xtask bench` builds both and starts this.
 
 mod converge;
+mod cow;
 mod cow_space;
 mod idle;
 mod issue;
@@ -37,7 +39,7 @@ struct Arguments {
     /// Form of the answer
     #[arg(long, value_name = "FORM", default_value = "text")]
     output: Output,
-    /// Of `storm` and `idle` one round, the storm a hundredth as long: whether it works, no figures to rely on
+    /// Of `storm`, `idle` and `cow` one round, the storm a hundredth as long: whether it works, no figures to rely on
     #[arg(long)]
     short: bool,
 }
@@ -52,6 +54,8 @@ enum Group {
     Storm,
     /// Rate of a backup and length of a freeze
     Converge,
+    /// Served devices with a snapshot held, beside qemu-storage-daemon; how long a take takes
+    Cow,
     /// What difference storage takes, by the unit of preserving
     CowSpace,
     /// The NBD server beside qemu-nbd and nbdkit
@@ -139,6 +143,9 @@ fn measure(arguments: &Arguments) -> Result<Report> {
     }
     if wanted(Group::Converge) {
         converge::measure(&mut bench)?;
+    }
+    if wanted(Group::Cow) {
+        cow::measure(&mut bench)?;
     }
     if wanted(Group::CowSpace) {
         cow_space::measure(&mut bench)?;

@@ -16,10 +16,10 @@ use blksnap_agent::nbd::client::Connection;
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 
-const REQUEST_MAGIC: u32 = 0x2560_9513;
+pub(crate) const REQUEST_MAGIC: u32 = 0x2560_9513;
 const REPLY_MAGIC: u32 = 0x6744_6698;
 const REQUEST: usize = 28;
-const REPLY: usize = 16;
+pub(crate) const REPLY: usize = 16;
 
 /// Longest handshake.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -228,7 +228,7 @@ impl Client {
     }
 }
 
-fn check(header: &[u8; REPLY]) -> Result<()> {
+pub(crate) fn check(header: &[u8; REPLY]) -> Result<()> {
     let magic = u32::from_be_bytes([header[0], header[1], header[2], header[3]]);
     let error = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
     ensure!(

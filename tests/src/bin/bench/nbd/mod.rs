@@ -3,8 +3,8 @@
 //! Each round measures the three servers one after the other, so that a drift of the machine's speed meets all; a
 //! ratio is that of one round, to the better one of the other two.
 
-mod load;
-mod servers;
+pub(crate) mod load;
+pub(crate) mod servers;
 
 use std::path::Path;
 use std::time::Duration;

@@ -26,7 +26,8 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    fn start(
+    /// Starts a server that will listen on `DIRECTORY/NAME.sock`.
+    pub(crate) fn start(
         name: &'static str,
         export: &'static str,
         directory: &Path,
