@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::layout::{ChunkLayout, ChunkRange, UnitSet};
+use super::space::Slot;
 use super::table::{BufferId, Piece, Place, Table};
 
 /// A snapshot, as the hold knows it.
@@ -52,6 +53,17 @@ pub struct Need {
     pub snapshot: SnapshotKey,
     /// What it lacks.
     pub units: UnitSet,
+}
+
+/// Where the old data of a need was put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// In a buffer.
+    Memory(BufferId),
+    /// In a place of the chunk.
+    Slot(Slot),
+    /// Nowhere: the snapshot is gone or broken.
+    Nowhere,
 }
 
 /// A call that can't be.
@@ -273,28 +285,30 @@ impl Hold {
         })
     }
 
-    /// A job is done: each need was met, in a buffer or (`None`) in the chunk's slot, or failed with an error number,
-    /// which breaks that snapshot and no other.
-    pub fn settle(&mut self, job: &Job, outcomes: &[Result<Option<BufferId>, i32>]) {
+    /// A job is done: each need was met, or failed with an error number, which breaks that snapshot and no other.
+    pub fn settle(&mut self, job: &Job, outcomes: &[Result<Kept, i32>]) {
         debug_assert_eq!(job.needs.len(), outcomes.len());
         for (need, outcome) in job.needs.iter().zip(outcomes) {
             let Some(table) = self.tables.get_mut(&need.snapshot) else {
                 continue;
             };
             match outcome {
-                Ok(Some(buffer)) => table.stage(job.chunk, need.units, *buffer),
-                Ok(None) => table.store(job.chunk, need.units),
+                Ok(Kept::Memory(buffer)) => table.stage(job.chunk, need.units, *buffer),
+                Ok(Kept::Slot(slot)) => table.store(job.chunk, *slot, need.units),
+                Ok(Kept::Nowhere) => {}
                 Err(errno) => table.fail(*errno),
             }
         }
         self.unclaim(job);
     }
 
-    /// A write to an image is done: its units are in the chunk's slot now, or it failed and changed nothing that an
-    /// image shows.
-    pub fn settle_image(&mut self, snapshot: SnapshotKey, job: &Job, written: bool) {
-        if written && let Ok(table) = self.table_mut(snapshot) {
-            table.store(job.chunk, job.units);
+    /// A write to an image is done. Those of its units that were not stored before are in this place of the chunk now;
+    /// without one there were none, or it failed and changed nothing that an image shows.
+    pub fn settle_image(&mut self, snapshot: SnapshotKey, job: &Job, written: Option<Slot>) {
+        if let Some(slot) = written
+            && let Ok(table) = self.table_mut(snapshot)
+        {
+            table.store(job.chunk, slot, job.units);
         }
         self.unclaim(job);
     }

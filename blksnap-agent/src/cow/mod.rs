@@ -29,7 +29,7 @@ mod params;
 mod space;
 mod table;
 
-pub use hold::{Decision, Hold, HoldError, Job, Need, SnapshotKey, Ticket};
+pub use hold::{Decision, Hold, HoldError, Job, Kept, Need, SnapshotKey, Ticket};
 pub use layout::{ChunkLayout, ChunkRange, UnitSet};
 pub use params::{ChunkParams, ChunkParamsError};
 pub use space::{Misplaced, Overflow, Region, RegionId, Slot, Space, SpaceEvent, Taken};

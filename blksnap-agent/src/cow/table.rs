@@ -54,17 +54,24 @@ pub struct Piece {
 
 #[derive(Clone, Debug, Default)]
 struct Entry {
-    slot: Option<Slot>,
-    stored: UnitSet,
+    /// Where the chunk has places, and which units are in each; no unit is in two. More than one where the region of
+    /// the first had no room for more of the chunk.
+    slots: Vec<(Slot, UnitSet)>,
     /// Buffers that wait to be stored; no unit is in two of them, or stored.
     memory: Vec<(BufferId, UnitSet)>,
 }
 
 impl Entry {
+    fn stored(&self) -> UnitSet {
+        self.slots
+            .iter()
+            .fold(UnitSet::EMPTY, |all, (_, units)| all.union(*units))
+    }
+
     fn preserved(&self) -> UnitSet {
         self.memory
             .iter()
-            .fold(self.stored, |all, (_, units)| all.union(*units))
+            .fold(self.stored(), |all, (_, units)| all.union(*units))
     }
 }
 
@@ -128,25 +135,29 @@ impl Table {
             .map_or(units, |entry| units.without(entry.preserved()))
     }
 
-    /// The chunk's place in the difference storage, if it has one.
+    /// The chunk's place in the difference storage for what is not stored yet, if it has one.
     #[must_use]
     pub fn slot(&self, chunk: u64) -> Option<Slot> {
-        self.chunks.get(&chunk)?.slot
+        self.chunks.get(&chunk)?.slots.last().map(|(slot, _)| *slot)
     }
 
-    /// Gives the chunk its place.
+    /// Gives the chunk its place, or another one for what is not stored yet.
     pub fn place(&mut self, chunk: u64, slot: Slot) {
-        if self.failed.is_none() {
-            self.chunks.entry(chunk).or_default().slot = Some(slot);
+        if self.failed.is_some() {
+            return;
+        }
+        let slots = &mut self.chunks.entry(chunk).or_default().slots;
+        if !slots.iter().any(|(known, _)| *known == slot) {
+            slots.push((slot, UnitSet::EMPTY));
         }
     }
 
-    /// Those of `units` that are in the chunk's slot.
-    #[must_use]
-    pub fn in_slot(&self, chunk: u64, units: UnitSet) -> UnitSet {
-        self.chunks
-            .get(&chunk)
-            .map_or(UnitSet::EMPTY, |entry| entry.stored.and(units))
+    /// Those of `units` that are stored, by their places.
+    pub fn stored_in(&self, chunk: u64, units: UnitSet) -> impl Iterator<Item = (Slot, UnitSet)> + '_ {
+        let slots = self.chunks.get(&chunk).into_iter().flat_map(|entry| &entry.slots);
+        slots
+            .map(move |(slot, stored)| (*slot, stored.and(units)))
+            .filter(|(_, units)| !units.is_empty())
     }
 
     /// Units of the chunk are in a buffer, at their offsets in the chunk.
@@ -167,14 +178,17 @@ impl Table {
             .map_or(UnitSet::EMPTY, |(_, units)| *units)
     }
 
-    /// Units of the chunk are in its slot.
-    pub fn store(&mut self, chunk: u64, units: UnitSet) {
+    /// Units of the chunk are in a place of it. Those that were stored elsewhere before stay there.
+    pub fn store(&mut self, chunk: u64, slot: Slot, units: UnitSet) {
         if self.failed.is_some() {
             return;
         }
+        self.place(chunk, slot);
         let entry = self.chunks.entry(chunk).or_default();
-        debug_assert!(entry.slot.is_some(), "a chunk is placed before it is stored");
-        entry.stored = entry.stored.union(units);
+        let fresh = units.without(entry.stored());
+        if let Some((_, stored)) = entry.slots.iter_mut().find(|(known, _)| *known == slot) {
+            *stored = stored.union(fresh);
+        }
         for (_, waiting) in &mut entry.memory {
             *waiting = waiting.without(units);
         }
@@ -205,16 +219,17 @@ impl Table {
                 let unit = self.layout.touched(&range);
                 let within = next - start;
                 let waiting = entry.memory.iter().find(|(_, units)| !units.and(unit).is_empty());
-                let place = match (waiting, entry.slot) {
+                let stored = entry.slots.iter().find(|(_, units)| !units.and(unit).is_empty());
+                let place = match (waiting, stored) {
                     (Some((buffer, _)), _) => Place::Memory {
                         buffer: *buffer,
                         offset: within,
                     },
-                    (None, Some(slot)) if !entry.stored.and(unit).is_empty() => Place::Storage {
+                    (None, Some((slot, _))) => Place::Storage {
                         region: slot.region,
                         offset: slot.offset + within,
                     },
-                    _ => Place::Origin,
+                    (None, None) => Place::Origin,
                 };
                 push(&mut pieces, range, place);
                 next = range.end();
@@ -223,11 +238,16 @@ impl Table {
         Some(pieces)
     }
 
-    /// All chunks of which something is stored, in no order: their slots and units.
+    /// All places in which something is stored, in no order: chunks, their slots and units.
     pub fn stored(&self) -> impl Iterator<Item = (u64, Slot, UnitSet)> + '_ {
+        let slots = |(chunk, entry): (&u64, &'_ Entry)| {
+            let chunk = *chunk;
+            let slots = entry.slots.clone();
+            slots.into_iter().map(move |(slot, units)| (chunk, slot, units))
+        };
         self.chunks
             .iter()
-            .filter_map(|(chunk, entry)| Some((*chunk, entry.slot?, entry.stored)))
+            .flat_map(slots)
             .filter(|(_, _, units)| !units.is_empty())
     }
 }

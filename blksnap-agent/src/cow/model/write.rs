@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::task::{Task, WriteStep};
 use super::{IO, NO_SPACE, SMALL, Token, World, place, places, sectors};
 use crate::choices::Choices;
-use crate::cow::{BufferId, ChunkRange, ChunkState, Decision, Job, Place, Slot, SnapshotKey, UnitSet};
+use crate::cow::{BufferId, ChunkRange, ChunkState, Decision, Job, Kept, Place, Slot, SnapshotKey, UnitSet};
 
 impl<C: Choices> World<C> {
     pub(super) fn advance_write(
@@ -77,39 +77,31 @@ impl<C: Choices> World<C> {
                     buffer,
                     job: None,
                 });
-                Ok(Some(buffer))
+                Ok(Kept::Memory(buffer))
             } else {
-                self.put(need.snapshot, job.chunk, need.units, old).map(|()| None)
+                self.put(need.snapshot, job.chunk, need.units, old)
             });
         }
         self.hold.settle(job, &outcomes);
     }
 
-    /// Writes sectors of a chunk to its slot, which it gets where it has none.
+    /// Writes sectors of a chunk to a place of it.
     fn put(
         &mut self,
         key: SnapshotKey,
         chunk: u64,
         units: UnitSet,
         from: &HashMap<u64, Token>,
-    ) -> Result<(), i32> {
-        let Some(snapshot) = self.snapshots.get_mut(&key) else {
-            return Ok(());
-        };
-        let layout = *self.hold.layout();
-        let bytes = layout.bytes_of(chunk, units);
-        let Ok(table) = self.hold.table_mut(key) else {
-            return Ok(());
-        };
-        let slot = match table.slot(chunk) {
-            Some(slot) => snapshot.space.extend(slot, bytes).map(|()| slot),
-            None => snapshot.space.slot(layout.chunk_bytes(), bytes),
-        };
-        let Ok(slot) = slot else {
+    ) -> Result<Kept, i32> {
+        if !self.snapshots.contains_key(&key) || self.hold.table(key).is_err() {
+            return Ok(Kept::Nowhere);
+        }
+        let Some(slot) = self.room(key, chunk, units) else {
             self.seen.overflows += 1;
             return Err(NO_SPACE);
         };
-        table.place(chunk, slot);
+        let layout = *self.hold.layout();
+        let snapshot = self.snapshots.get_mut(&key).expect("it was there");
         for range in layout.ranges(chunk, units) {
             for at in sectors(range.offset, range.length) {
                 let at = at as u64;
@@ -118,7 +110,7 @@ impl<C: Choices> World<C> {
                 }
             }
         }
-        Ok(())
+        Ok(Kept::Slot(slot))
     }
 
     pub(super) fn advance_image_write(
@@ -180,41 +172,52 @@ impl<C: Choices> World<C> {
         for at in sectors(part.offset, part.length) {
             data.insert(at as u64, token);
         }
-        let fresh = match self.hold.table(key) {
-            Ok(table) => {
-                let stored = table
-                    .stored()
-                    .find(|(chunk, ..)| *chunk == job.chunk)
-                    .map_or(UnitSet::EMPTY, |(_, _, units)| units);
-                job.units.without(stored)
-            }
-            Err(_) => UnitSet::EMPTY,
+        let stored: Vec<(Slot, UnitSet)> = match self.hold.table(key) {
+            Ok(table) => table.stored_in(job.chunk, job.units).collect(),
+            Err(_) => Vec::new(),
         };
-        let written = self.room(key, job.chunk, fresh);
-        if let Some(slot) = written
+        let fresh = stored
+            .iter()
+            .fold(job.units, |left, (_, units)| left.without(*units));
+        let slot = self.room(key, job.chunk, fresh);
+        if let Some(slot) = slot
             && let Some(snapshot) = self.snapshots.get_mut(&key)
         {
-            for (at, token) in &data {
-                snapshot
-                    .storage
-                    .insert(place(&layout, job.chunk, slot, *at), *token);
+            for (target, units) in stored.into_iter().chain([(slot, fresh)]) {
+                for range in layout.ranges(job.chunk, units) {
+                    for at in sectors(range.offset, range.length) {
+                        let at = at as u64;
+                        if let Some(token) = data.get(&at) {
+                            let place = place(&layout, job.chunk, target, at);
+                            snapshot.storage.insert(place, *token);
+                        }
+                    }
+                }
             }
             for at in sectors(part.offset, part.length) {
                 snapshot.image[at] = token;
             }
         }
-        self.hold.settle_image(key, job, written.is_some());
+        self.hold.settle_image(key, job, slot);
     }
 
-    /// The chunk's slot, with room for more units; a write to an image that finds none fails, and breaks nothing.
+    /// A place of the chunk with room for more units: the one it has, or another where that has none left. A write to
+    /// an image that finds none fails, and breaks nothing.
     fn room(&mut self, key: SnapshotKey, chunk: u64, units: UnitSet) -> Option<Slot> {
         let snapshot = self.snapshots.get_mut(&key)?;
         let layout = *self.hold.layout();
         let table = self.hold.table_mut(key).ok()?;
         let bytes = layout.bytes_of(chunk, units);
-        let slot = match table.slot(chunk) {
-            Some(slot) => snapshot.space.extend(slot, bytes).ok().map(|()| slot)?,
-            None => snapshot.space.slot(layout.chunk_bytes(), bytes).ok()?,
+        let space = &mut snapshot.space;
+        let known = table
+            .slot(chunk)
+            .filter(|slot| space.extend(*slot, bytes).is_ok());
+        let slot = match known {
+            Some(slot) => slot,
+            None => {
+                self.seen.moved += u64::from(table.slot(chunk).is_some());
+                space.slot(layout.chunk_bytes(), bytes).ok()?
+            }
         };
         table.place(chunk, slot);
         Some(slot)
@@ -241,7 +244,7 @@ impl<C: Choices> World<C> {
             },
             Some(job) => {
                 let data = self.buffers[&buffer].clone();
-                let outcome = self.put(snapshot, chunk, job.units, &data).map(|()| None);
+                let outcome = self.put(snapshot, chunk, job.units, &data);
                 self.hold.settle(&job, &[outcome]);
                 return None;
             }

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use super::origin::Origin;
 use super::preserve::{Work, errno_of};
 use super::store::Store;
-use crate::cow::{ChunkRange, Decision, HoldError, Job, Piece, Place, SnapshotKey, UnitSet};
+use crate::cow::{ChunkRange, Decision, HoldError, Job, Piece, Place, Slot, SnapshotKey, UnitSet};
 use crate::disk::{Allocation, Zero};
 
 /// An image can't be read or written.
@@ -225,10 +225,9 @@ impl Image {
                     let mut claim = Claim {
                         image: self,
                         job,
-                        written: false,
+                        written: None,
                     };
-                    self.land(&claim.job, part, content)?;
-                    claim.written = true;
+                    claim.written = self.land(&claim.job, part, content)?;
                     return Ok(());
                 }
                 // The part covers some units only in part: the rest of them is old data.
@@ -251,48 +250,79 @@ impl Image {
         }
     }
 
-    /// Writes a part to its slot; nobody else touches the job's units.
-    fn land(&self, job: &Job, part: &ChunkRange, content: Content<'_>) -> Result<(), ImageError> {
-        let layout = self.origin.layout();
-        let failed = || ImageError::io("write", part.offset);
-        let (fresh, staged) = self.missing_in_slot(job)?;
+    /// Writes a part to the places of its units; nobody else touches them. Gives the place of those that were not stored
+    /// before, if there are any.
+    fn land(&self, job: &Job, part: &ChunkRange, content: Content<'_>) -> Result<Option<Slot>, ImageError> {
+        let Parts {
+            stored,
+            fresh,
+            staged,
+        } = self.parts(job)?;
+        for (slot, units) in stored {
+            self.write_units(part, units, slot, content)?;
+        }
+        if fresh.is_empty() {
+            return Ok(None);
+        }
         let slot = self
             .origin
             .place(&self.store, job.chunk, fresh)
             .map_err(|_| ImageError::NoSpace)?
             .ok_or(ImageError::Gone)?;
         let disk = self.store.storage.disk(slot.region);
-        let start = layout.start_of(job.chunk);
-        // Units in memory go to the slot as a whole, with what is written to them.
+        let start = self.origin.layout().start_of(job.chunk);
+        let failed = || ImageError::io("write", part.offset);
+        // Units in memory are stored as a whole, with what is written to them.
         for piece in staged {
             let mut old = vec![0; length_of(&piece.range)];
             self.read_pieces(&[piece], &mut old, piece.range.offset)?;
             disk.write_at(&old, slot.offset + (piece.range.offset - start))
                 .map_err(failed())?;
         }
-        let at = slot.offset + (part.offset - start);
-        match content {
-            Content::Data(data, base) => {
-                let from = usize::try_from(part.offset - base).expect("a part is within the write");
-                disk.write_at(&data[from..from + length_of(part)], at)
-            }
-            Content::Zeroes(zero) => disk.zero_at(at, part.length, zero, false),
-        }
-        .and_then(|()| {
-            if fresh.is_empty() {
-                Ok(())
-            } else {
-                self.store.record(job.chunk, fresh, slot)
-            }
-        })
-        .map_err(failed())
+        self.write_units(part, fresh, slot, content)?;
+        self.store.record(job.chunk, fresh, slot).map_err(failed())?;
+        Ok(Some(slot))
     }
 
-    /// Those units of a job that are not in the chunk's slot, and the pieces of them that are in memory.
-    fn missing_in_slot(&self, job: &Job) -> Result<(UnitSet, Vec<Piece>), ImageError> {
+    /// Writes those bytes of a part that are in `units` to the chunk's place `slot`.
+    fn write_units(
+        &self,
+        part: &ChunkRange,
+        units: UnitSet,
+        slot: Slot,
+        content: Content<'_>,
+    ) -> Result<(), ImageError> {
+        let layout = self.origin.layout();
+        let disk = self.store.storage.disk(slot.region);
+        let start = layout.start_of(part.chunk);
+        for range in layout.ranges(part.chunk, units) {
+            let from = range.offset.max(part.offset);
+            let to = range.end().min(part.end());
+            if from >= to {
+                continue;
+            }
+            let at = slot.offset + (from - start);
+            match content {
+                Content::Data(data, base) => {
+                    let within =
+                        |byte: u64| usize::try_from(byte - base).expect("a part is within the write");
+                    disk.write_at(&data[within(from)..within(to)], at)
+                }
+                Content::Zeroes(zero) => disk.zero_at(at, to - from, zero, false),
+            }
+            .map_err(ImageError::io("write", from))?;
+        }
+        Ok(())
+    }
+
+    /// Where the units of a job are.
+    fn parts(&self, job: &Job) -> Result<Parts, ImageError> {
         let state = self.origin.lock();
         let table = state.hold.table(self.store.key)?;
-        let fresh = job.units.without(table.in_slot(job.chunk, job.units));
+        let stored: Vec<_> = table.stored_in(job.chunk, job.units).collect();
+        let fresh = stored
+            .iter()
+            .fold(job.units, |left, (_, units)| left.without(*units));
         let mut staged = Vec::new();
         for range in self.origin.layout().ranges(job.chunk, fresh) {
             let pieces = table.resolve(range.offset, range.length).unwrap_or_default();
@@ -302,7 +332,11 @@ impl Image {
                     .filter(|piece| matches!(piece.place, Place::Memory { .. })),
             );
         }
-        Ok((fresh, staged))
+        Ok(Parts {
+            stored,
+            fresh,
+            staged,
+        })
     }
 
     /// What is known of a range: pieces without gaps from `offset` on, at least one and at most `most`.
@@ -375,11 +409,22 @@ fn length_of(range: &ChunkRange) -> usize {
     usize::try_from(range.length).expect("a range of a read or write fits into memory")
 }
 
+/// Where the units of an image write are.
+struct Parts {
+    /// Those that are stored, by their places.
+    stored: Vec<(Slot, UnitSet)>,
+    /// The others.
+    fresh: UnitSet,
+    /// Pieces of the others that are in memory.
+    staged: Vec<Piece>,
+}
+
 /// Units that an image write has for itself, until it is settled.
 struct Claim<'a> {
     image: &'a Image,
     job: Job,
-    written: bool,
+    /// The place of those that were not stored before, when they are there.
+    written: Option<Slot>,
 }
 
 impl Drop for Claim<'_> {

@@ -271,12 +271,13 @@ impl Entry {
         if self.units.is_empty() || !self.units.without(layout.all(self.chunk)).is_empty() {
             return Err("it has units that the chunk lacks");
         }
-        match table.slot(self.chunk) {
-            None => table.place(self.chunk, self.slot),
-            Some(slot) if slot == self.slot => {}
-            Some(_) => return Err("the chunk has another place already"),
+        if table
+            .stored_in(self.chunk, self.units)
+            .any(|(slot, _)| slot != self.slot)
+        {
+            return Err("its units have another place already");
         }
-        table.store(self.chunk, self.units);
+        table.store(self.chunk, self.slot, self.units);
         Ok(())
     }
 }

@@ -242,15 +242,17 @@ impl Origin {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The place of a chunk, with room for `units` that are not in it yet; `None` if the snapshot is gone or broken.
+    /// A place of a chunk, with room for `units` that are not stored yet: the one it has, or another where that has no
+    /// room left. `None` if the snapshot is gone or broken.
     pub(super) fn place(&self, store: &Store, chunk: u64, units: UnitSet) -> Result<Option<Slot>, Overflow> {
         let bytes = self.layout.bytes_of(chunk, units);
         let mut state = self.lock();
         let Ok(table) = state.hold.table_mut(store.key) else {
             return Ok(None);
         };
-        if let Some(slot) = table.slot(chunk) {
-            store.storage.extend(slot, bytes)?;
+        if let Some(slot) = table.slot(chunk)
+            && store.storage.extend(slot, bytes).is_ok()
+        {
             return Ok(Some(slot));
         }
         let slot = store.storage.slot(self.layout.chunk_bytes(), bytes)?;

@@ -9,7 +9,7 @@ use super::mover::{self, Move, PIECE};
 use super::origin::{Origin, State};
 use super::staging::Staged;
 use super::store::{Promise, Store};
-use crate::cow::{BufferId, ChunkRange, Job, Slot, UnitSet};
+use crate::cow::{BufferId, ChunkRange, Job, Kept, Slot, UnitSet};
 
 /// Most bytes that are staged at once.
 const STAGED: u64 = 1 << 20;
@@ -87,7 +87,7 @@ impl Origin {
         let mut kept = self.keep(&work);
         match kept.pop() {
             Some(Err(unmet)) => {
-                self.lock().hold.settle_image(store.key, &work.job, false);
+                self.lock().hold.settle_image(store.key, &work.job, None);
                 self.settled.notify_all();
                 Err(unmet)
             }
@@ -104,7 +104,7 @@ impl Origin {
     }
 
     /// Meets the needs of a job, one outcome for each.
-    fn keep(&self, work: &Work) -> Vec<Result<Option<BufferId>, Unmet>> {
+    fn keep(&self, work: &Work) -> Vec<Result<Kept, Unmet>> {
         let job = &work.job;
         if let Some(outcomes) = self.stage(work) {
             return outcomes;
@@ -130,11 +130,12 @@ impl Origin {
             .into_iter()
             .zip(&job.needs)
             .map(|(target, need)| {
-                if let Some(Target { slot, store }) = target? {
-                    record(&store, job.chunk, need.units, slot)?;
-                    store.count(self.layout().bytes_of(job.chunk, need.units));
-                }
-                Ok(None)
+                let Some(Target { slot, store }) = target? else {
+                    return Ok(Kept::Nowhere);
+                };
+                record(&store, job.chunk, need.units, slot)?;
+                store.count(self.layout().bytes_of(job.chunk, need.units));
+                Ok(Kept::Slot(slot))
             })
             .collect()
     }
@@ -175,7 +176,7 @@ impl Origin {
     }
 
     /// Keeps the old data in memory, if all who need it can do with that and have room.
-    fn stage(&self, work: &Work) -> Option<Vec<Result<Option<BufferId>, Unmet>>> {
+    fn stage(&self, work: &Work) -> Option<Vec<Result<Kept, Unmet>>> {
         let job = &work.job;
         let mut ranges = self.layout().ranges(job.chunk, job.units);
         let first = ranges.next()?;
@@ -216,7 +217,10 @@ impl Origin {
             data,
         });
         let put = |store: &Option<Arc<Store>>| {
-            Ok(store.as_ref().map(|store| store.staging.put(Arc::clone(&staged))))
+            Ok(match store {
+                Some(store) => Kept::Memory(store.staging.put(Arc::clone(&staged))),
+                None => Kept::Nowhere,
+            })
         };
         Some(work.stores.iter().map(put).collect())
     }
@@ -268,15 +272,14 @@ impl Origin {
                 outcomes: Vec::new(),
             };
             let units = guard.work.job.units;
-            let outcome = self.put_staged(store, staged, units).map(|()| None);
-            guard.outcomes.push(outcome);
+            guard.outcomes.push(self.put_staged(store, staged, units));
         }
         store.staging.done(id);
     }
 
-    fn put_staged(&self, store: &Arc<Store>, staged: &Staged, units: UnitSet) -> Result<(), Unmet> {
+    fn put_staged(&self, store: &Arc<Store>, staged: &Staged, units: UnitSet) -> Result<Kept, Unmet> {
         let Some(Target { slot, .. }) = self.target(Some(store), staged.chunk, units)? else {
-            return Ok(());
+            return Ok(Kept::Nowhere);
         };
         for range in self.layout().ranges(staged.chunk, units) {
             let at = usize::try_from(range.offset - staged.start).expect("it is in the buffer");
@@ -288,7 +291,7 @@ impl Origin {
         }
         record(store, staged.chunk, units, slot)?;
         store.count(self.layout().bytes_of(staged.chunk, units));
-        Ok(())
+        Ok(Kept::Slot(slot))
     }
 }
 
@@ -302,7 +305,7 @@ fn record(store: &Store, chunk: u64, units: UnitSet, slot: Slot) -> Result<(), U
 struct Settle<'a> {
     origin: &'a Origin,
     work: Work,
-    outcomes: Vec<Result<Option<BufferId>, Unmet>>,
+    outcomes: Vec<Result<Kept, Unmet>>,
 }
 
 impl Drop for Settle<'_> {
@@ -328,7 +331,7 @@ impl Drop for Settle<'_> {
         self.origin.settled.notify_all();
         // Not before the table names them: the store's thread would find nothing to do.
         for (store, outcome) in self.work.stores.iter().zip(&outcomes) {
-            if let (Some(store), Ok(Some(buffer))) = (store, outcome) {
+            if let (Some(store), Ok(Kept::Memory(buffer))) = (store, outcome) {
                 store.staging.enqueue(*buffer);
             }
         }

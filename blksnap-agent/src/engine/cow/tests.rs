@@ -14,6 +14,9 @@ use super::*;
 use crate::cow::{ChunkLayout, Overflow, Region, RegionId, Slot, SnapshotKey, Space};
 use crate::disk::Disk;
 
+/// A disk, and whether it is sparse.
+type Given = (Arc<dyn Disk>, bool);
+
 /// Difference storage over given disks.
 #[derive(Debug)]
 pub(super) struct Plain {
@@ -22,18 +25,27 @@ pub(super) struct Plain {
 }
 
 impl Plain {
-    fn new(disks: &[(Arc<dyn Disk>, bool)]) -> Arc<Self> {
+    fn new(disks: &[Given]) -> Arc<Self> {
+        let all: Vec<_> = disks
+            .iter()
+            .map(|(disk, sparse)| ((Arc::clone(disk), *sparse), disk.size()))
+            .collect();
+        Self::with_room(&all)
+    }
+
+    /// Disks, whether they are sparse, and bytes that may be used in them.
+    fn with_room(disks: &[(Given, u64)]) -> Arc<Self> {
         let (mut space, _) = Space::new(0);
-        for (disk, sparse) in disks {
+        for ((disk, sparse), bytes) in disks {
             space.append(if *sparse {
-                Region::sparse(disk.size(), disk.size())
+                Region::sparse(disk.size(), *bytes)
             } else {
-                Region::dense(0, disk.size())
+                Region::dense(0, *bytes)
             });
         }
         Arc::new(Self {
             space: Mutex::new(space),
-            disks: disks.iter().map(|(disk, _)| Arc::clone(disk)).collect(),
+            disks: disks.iter().map(|((disk, _), _)| Arc::clone(disk)).collect(),
         })
     }
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
-use blksnap_agent::cow::{ChunkLayout, Decision, Hold, Job, SnapshotKey};
+use blksnap_agent::cow::{ChunkLayout, Decision, Hold, Job, Kept, SnapshotKey};
 use blksnap_agent::disk::{Disk, FileDisk};
 use blksnap_agent::storage::{DirStorage, Pool, PoolOptions, StorageSpec, stored_bytes};
 use blksnap_tests::seed;
@@ -154,6 +154,6 @@ fn preserve(hold: &mut Hold, pool: &Pool, origin: &FileDisk, snapshot: SnapshotK
         let within = range.offset - layout.start_of(job.chunk);
         pool.disk(slot.region).write_at(&old, slot.offset + within)?;
     }
-    hold.settle(job, &[Ok(None)]);
+    hold.settle(job, &[Ok(Kept::Slot(slot))]);
     Ok(())
 }

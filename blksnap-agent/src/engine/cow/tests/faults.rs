@@ -9,7 +9,7 @@ use rand::{Rng as _, RngCore as _, SeedableRng as _};
 
 use super::super::*;
 use super::journal::{Journal, Subject};
-use super::{Plain, Told, content, image_content, layout, range, store};
+use super::{Given, Plain, Told, content, image_content, layout, range, store};
 use crate::disk::testing::{FaultDisk, Operation};
 use crate::disk::{Disk, MemoryDisk, Zero};
 
@@ -337,4 +337,35 @@ fn an_overflow_breaks_the_snapshot_and_nothing_else() {
     assert_eq!((image.state().unwrap(), told.errors()), (None, vec![]));
     let found = image_content(&image).unwrap();
     assert!(found[2 * 32768..] == before[2 * 32768..]);
+}
+
+/// A chunk whose region is full has another place in the region that was appended.
+#[test]
+fn a_chunk_goes_on_in_another_region() {
+    let layout = layout();
+    let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new("origin", layout.size(), 1 << 30));
+    let before: Vec<u8> = (0..layout.size()).map(|n| (n / 512 % 251) as u8).collect();
+    disk.write_at(&before, 0).unwrap();
+    let origin = Arc::new(Origin::new(Arc::clone(&disk), layout));
+    let region =
+        |name, bytes| -> (Arc<dyn Disk>, bool) { (Arc::new(MemoryDisk::new(name, 1 << 20, bytes)), true) };
+    // Room for 3 units; the second region takes the rest.
+    let storage = Plain::with_room(&[
+        (region("first", 1 << 20), 3 * 4096),
+        (region("second", 1 << 20), 1 << 20),
+    ]);
+    let (kept, told) = store(1, &storage, Promise::AgentCrash, None);
+    let image = origin.pause().arm(Arc::clone(&kept)).unwrap();
+    for unit in 0..6 {
+        let _admitted = origin.admit(unit * 4096, 512);
+        disk.write_at(&[255; 512], unit * 4096).unwrap();
+    }
+    assert_eq!((kept.preserved(), told.errors()), (6 * 4096, vec![]));
+    assert!(image_content(&image).unwrap() == before);
+    // Over both places, and a unit that has none yet.
+    let data = vec![254; 5 * 4096];
+    image.write_at(&data, 2 * 4096 + 512).unwrap();
+    let mut expected = before;
+    expected[2 * 4096 + 512..][..data.len()].copy_from_slice(&data);
+    assert!(image_content(&image).unwrap() == expected);
 }
