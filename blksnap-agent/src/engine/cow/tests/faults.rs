@@ -347,8 +347,7 @@ fn a_chunk_goes_on_in_another_region() {
     let before: Vec<u8> = (0..layout.size()).map(|n| (n / 512 % 251) as u8).collect();
     disk.write_at(&before, 0).unwrap();
     let origin = Arc::new(Origin::new(Arc::clone(&disk), layout));
-    let region =
-        |name, bytes| -> (Arc<dyn Disk>, bool) { (Arc::new(MemoryDisk::new(name, 1 << 20, bytes)), true) };
+    let region = |name, bytes| -> Given { (Arc::new(MemoryDisk::new(name, 1 << 20, bytes)), true) };
     // Room for 3 units; the second region takes the rest.
     let storage = Plain::with_room(&[
         (region("first", 1 << 20), 3 * 4096),
