@@ -102,6 +102,17 @@ impl ReadMap {
         &self.blocks
     }
 
+    /// Marks bytes that were written to a copy of this instant: they are not what the device had then.
+    pub fn mark(&mut self, offset: u64, length: u64) {
+        let end = offset.saturating_add(length).min(self.capacity.bytes());
+        if offset >= end {
+            return;
+        }
+        let block = self.block_size.bytes();
+        let index = |offset: u64| usize::try_from(offset / block).unwrap_or(usize::MAX);
+        self.blocks.mark(index(offset), index(end - 1), self.number);
+    }
+
     /// What makes the map unreliable, if anything.
     #[must_use]
     pub fn doubt(&self) -> Option<ResetReason> {

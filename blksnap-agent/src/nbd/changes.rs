@@ -80,6 +80,14 @@ impl Changes {
         }
     }
 
+    /// Bytes of the export were written: they are dirty from now on.
+    pub fn mark(&mut self, offset: u64, length: u64) {
+        // What changed last alone is told only of exports that nobody writes to.
+        if let Known::Map(map) = &mut self.known {
+            Arc::make_mut(map).mark(offset, length);
+        }
+    }
+
     /// The contexts that can be answered for now.
     #[must_use]
     pub fn contexts(&self) -> Vec<ContextName> {

@@ -4,7 +4,7 @@
 //! kept, and an image is made of several places.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use bytes::Bytes;
 use nix::errno::Errno;
@@ -149,7 +149,8 @@ pub struct HeldExport {
     description: String,
     image: ServedImage,
     sizes: BlockSizes,
-    changes: Option<Changes>,
+    /// With what was written to the image.
+    changes: Option<RwLock<Changes>>,
 }
 
 impl HeldExport {
@@ -168,8 +169,21 @@ impl HeldExport {
     /// With the contexts of all changes that `map`, which is of the same instant, knows of.
     #[must_use]
     pub fn with_changes(mut self, map: Arc<ReadMap>) -> Self {
-        self.changes = Some(Changes::of(map, self.image.image().size()));
+        self.changes = Some(RwLock::new(Changes::of(map, self.image.image().size())));
         self
+    }
+
+    fn changes(&self) -> Option<RwLockReadGuard<'_, Changes>> {
+        let changes = self.changes.as_ref()?;
+        Some(changes.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Bytes of the image are about to be written.
+    fn mark(&self, offset: u64, length: u64) {
+        if let Some(changes) = &self.changes {
+            let mut changes = changes.write().unwrap_or_else(PoisonError::into_inner);
+            changes.mark(offset, length);
+        }
     }
 
     fn failed(&self, action: &'static str, offset: u64) -> impl FnOnce(ImageError) -> ExportError {
@@ -220,6 +234,7 @@ impl Export for HeldExport {
     }
 
     fn write_at(&self, data: Bytes, offset: u64, fua: bool) -> Result<(), ExportError> {
+        self.mark(offset, data.len() as u64);
         self.image
             .write_at(&data, offset)
             .map_err(self.failed("write", offset))?;
@@ -238,6 +253,7 @@ impl Export for HeldExport {
                 offset,
             });
         }
+        self.mark(offset, length);
         self.image
             .zero_at(offset, length, zero_of(options))
             .map_err(self.failed("write zeroes", offset))?;
@@ -250,12 +266,12 @@ impl Export for HeldExport {
 
     fn contexts(&self) -> Vec<ContextName> {
         let mut contexts = vec![ContextName::base_allocation()];
-        contexts.extend(self.changes.iter().flat_map(Changes::contexts));
+        contexts.extend(self.changes().iter().flat_map(|changes| changes.contexts()));
         contexts
     }
 
     fn refuse_context(&self, query: &str) -> Option<String> {
-        Some(self.changes.as_ref()?.refusal(query)?.to_string())
+        Some(self.changes()?.refusal(query)?.to_string())
     }
 
     fn block_status(
@@ -266,7 +282,7 @@ impl Export for HeldExport {
         most: usize,
     ) -> Result<Vec<StatusExtent>, ExportError> {
         let end = offset.saturating_add(length).min(self.size());
-        match (context.as_str(), &self.changes) {
+        match (context.as_str(), self.changes()) {
             (BASE_ALLOCATION, _) => self
                 .image
                 .image()
