@@ -8,6 +8,7 @@
 //! - [`read_device`], [`write_block`]: past the page cache.
 //! - [`Tamper`]: changes what a daemon shares with the kernel.
 //! - [`Interrupt`]: signals, for programs that must clean up after themselves.
+//! - [`numbered`]: writes of which one can tell at which instant a disk was looked at.
 //! - [`nbd`]: the client's side of the NBD protocol, as an oracle.
 //! - [`seed`]: the seed of a random test, printed, or given by `BLKSNAP_SEED` to repeat a run.
 //!
@@ -18,6 +19,7 @@ mod direct;
 mod interrupt;
 mod loopdev;
 pub mod nbd;
+pub mod numbered;
 mod tamper;
 mod writer;
 mod zram;
