@@ -177,6 +177,7 @@ impl Sequence {
         };
         // Zeroes and steps to disks that nobody looks at do not show who made them.
         let mut earliest = None;
+        let mut partly = None;
         let mut number = newest;
         for _ in 0..4096 {
             let now = different(&model, &found);
@@ -185,19 +186,14 @@ impl Sequence {
                 break;
             }
             let next = self.step(number + 1);
-            let shows = next.kind == Kind::Write && found[next.disk].is_some();
-            if torn && next.kind != Kind::Write && covers(number + 1, &now) {
-                let zero = now
-                    .iter()
-                    .all(|(disk, sector)| found[*disk].as_ref().is_some_and(|numbers| numbers[*sector] == 0));
-                if zero {
-                    return Ok(Instant {
-                        earliest: number,
-                        latest: number,
-                    });
+            if next.kind != Kind::Write && covers(number + 1, &now) {
+                let is_zero = |(disk, sector): &(usize, usize)| {
+                    found[*disk].as_ref().is_some_and(|numbers| numbers[*sector] == 0)
+                };
+                if now.iter().all(is_zero) {
+                    partly = Some(number);
                 }
-            }
-            if shows {
+            } else if next.kind == Kind::Write && found[next.disk].is_some() {
                 break;
             }
             number += 1;
@@ -205,13 +201,14 @@ impl Sequence {
         }
         let Some(earliest) = earliest else {
             let last = newest.saturating_sub(1);
-            if torn && newest > 0 && covers(newest, &differences) {
-                return Ok(Instant {
-                    earliest: last,
-                    latest: last,
-                });
-            }
-            return Err(self.complaint(newest, &found));
+            let torn_write = (newest > 0 && covers(newest, &differences)).then_some(last);
+            return match partly.or(torn_write).filter(|_| torn) {
+                Some(number) => Ok(Instant {
+                    earliest: number,
+                    latest: number,
+                }),
+                None => Err(self.complaint(newest, &found)),
+            };
         };
         let mut latest = earliest;
         for _ in 0..4096 {
@@ -502,6 +499,15 @@ mod tests {
         }
         // Zeroes that are left out just before the end may look like an earlier instant.
         assert!(shown > 10 && told + 2 >= shown, "{told} of {shown}");
+    }
+
+    #[test]
+    fn zeroes_that_were_done_are_counted() {
+        let zeroes = (100..200).filter(|number| SEQUENCE.step(*number).kind != Kind::Write);
+        for number in zeroes {
+            let disks = after(1..=number);
+            assert!(judge(&disks, true).unwrap().latest >= number);
+        }
     }
 
     #[test]
