@@ -18,7 +18,7 @@ use crate::units::{Extent, Generation, SnapshotId};
 
 mod snapshot;
 
-pub(super) use snapshot::{Serve, Snapshot, Unserve};
+pub(super) use snapshot::{Holding, Serve, Snapshot, Unserve};
 
 /// Track what changes on block devices, take consistent snapshots of them, and back up what changed.
 #[derive(Debug, Parser)]
@@ -220,6 +220,10 @@ pub struct Daemon {
     /// Largest tracking block that is chosen by the capacity, as log2 of its bytes
     #[arg(long, value_name = "SHIFT", default_value_t = TrackingParams::default().maximum_shift())]
     pub tracking_block_maximum_shift: u32,
+
+    /// Parameters of held snapshots
+    #[command(flatten)]
+    pub holding: Holding,
 
     /// Most memory that tracking one device may take; an attach that would take more is refused
     #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "1G")]

@@ -12,12 +12,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use super::{args, size};
 use crate::cbt::TrackingParams;
 use crate::control::{CONTROL_SOCKET, NBD_SOCKET};
+use crate::cow::ChunkParams;
 use crate::daemon::{self, Config, NbdConfig};
 use crate::nbd::activation::Inherited;
 use crate::nbd::endpoint::LocalTls;
 use crate::nbd::server::ServerLimits;
 use crate::nbd::tls::Clients;
 use crate::seal::{Roots, SealConfig, StateDirectory};
+use crate::snapshot::HoldOptions;
 use crate::telemetry::log;
 use crate::tracker::{self, KeepConfig, TrackerConfig};
 
@@ -45,6 +47,11 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
         Some(bytes) => u32::try_from(bytes).unwrap_or(u32::MAX),
         None => default.ring_bytes,
     };
+    let chunks = ChunkParams::new(
+        options.holding.chunk_minimum_shift,
+        options.holding.chunk_maximum_shift,
+        options.holding.chunk_maximum_count_shift,
+    )?;
     let parameters = TrackingParams::new(
         options.tracking_block_minimum_shift,
         options.tracking_block_maximum_count,
@@ -70,6 +77,13 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
         storage: std::path::absolute(options.storage)?,
         metrics_listen: options.metrics_listen,
         parameters,
+        chunks,
+        holding: HoldOptions {
+            minimum: options.holding.diff_storage_minimum,
+            queue: options.holding.chunk_maximum_in_queue as usize,
+            buffers: options.holding.free_diff_buffer_pool_size as usize,
+            ..HoldOptions::default()
+        },
         memory_limit: options.memory_limit,
         tracker: TrackerConfig {
             ring_bytes,

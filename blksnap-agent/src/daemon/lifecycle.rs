@@ -20,6 +20,7 @@ use super::agent::Agent;
 use crate::cbt::TrackingParams;
 use crate::control::directory::{DirectoryError, RuntimeDirectory};
 use crate::control::{LOCK_FILE, Service, server};
+use crate::cow::ChunkParams;
 use crate::nbd::activation::Inherited;
 use crate::nbd::address::Address;
 use crate::nbd::endpoint::{Endpoint, EndpointError, LocalTls};
@@ -29,6 +30,7 @@ use crate::nbd::server::{Server, ServerLimits};
 use crate::nbd::socket::{self as nbd_socket, SocketName};
 use crate::nbd::tls::{Clients, ServerTls, TlsError};
 use crate::seal::{SealConfig, SealError, Seals, StateLock};
+use crate::snapshot::HoldOptions;
 use crate::tracker::{Tracker, TrackerConfig, TrackerError};
 
 /// Longest wait for requests that were cancelled at the end.
@@ -60,6 +62,10 @@ pub struct Config {
     pub metrics_listen: Option<SocketAddr>,
     /// How the size of tracking blocks follows from the capacity.
     pub parameters: TrackingParams,
+    /// How the size of chunks of served devices follows from theirs.
+    pub chunks: ChunkParams,
+    /// Parameters of held snapshots.
+    pub holding: HoldOptions,
     /// Most memory that tracking one device may take, in bytes.
     pub memory_limit: u64,
     /// The tracker.

@@ -47,6 +47,35 @@ pub struct Unserve {
     pub names: Vec<String>,
 }
 
+/// Parameters of held snapshots, of `daemon`
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Snapshots of served devices")]
+pub struct Holding {
+    /// Smallest chunk of difference storage, as log2 of its bytes
+    #[arg(long, value_name = "SHIFT", default_value_t = 18)]
+    pub chunk_minimum_shift: u32,
+
+    /// Largest chunk, as log2 of its bytes
+    #[arg(long, value_name = "SHIFT", default_value_t = 26)]
+    pub chunk_maximum_shift: u32,
+
+    /// Number of chunks above which larger ones are chosen, as log2
+    #[arg(long, value_name = "SHIFT", default_value_t = 40)]
+    pub chunk_maximum_count_shift: u32,
+
+    /// Most chunks that wait in memory to be stored, of snapshots that survive nothing
+    #[arg(long, value_name = "COUNT", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub chunk_maximum_in_queue: u32,
+
+    /// Free buffers that are kept for them
+    #[arg(long, value_name = "COUNT", default_value_t = 128, value_parser = clap::value_parser!(u32).range(..=4096))]
+    pub free_diff_buffer_pool_size: u32,
+
+    /// How much difference storage is asked for at a time
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
+    pub diff_storage_minimum: u64,
+}
+
 fn parse_promise(text: &str) -> Result<Promise, String> {
     match text {
         "nothing" => Ok(Promise::Nothing),

@@ -33,6 +33,7 @@ use crate::control::api;
 use crate::control::error::{ApiError, Code};
 use crate::control::server::{MapPieces, Service};
 use crate::control::stream::Reporter;
+use crate::cow::ChunkParams;
 use crate::disk::BlockDevice;
 use crate::nbd::registry::Exports;
 use crate::nbd::server::Server;
@@ -50,6 +51,7 @@ pub struct Agent {
     memory_limit: u64,
     snapshots: Snapshots,
     hold_options: HoldOptions,
+    chunks: ChunkParams,
     served: ServedList,
     storage: PathBuf,
     /// The state directory.
@@ -79,7 +81,8 @@ impl Agent {
         };
         Self {
             snapshots: Snapshots::new(Arc::clone(&tracker), place),
-            hold_options: HoldOptions::default(),
+            hold_options: config.holding.clone(),
+            chunks: config.chunks,
             served: ServedList::default(),
             state: config.seal.directory.clone(),
             boot,

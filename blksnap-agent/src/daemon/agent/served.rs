@@ -158,7 +158,7 @@ impl Agent {
             Some(bytes) => {
                 ChunkParams::new(bytes.trailing_zeros(), 26, 40).map_err(|error| invalid(&error))?
             }
-            None => ChunkParams::default(),
+            None => self.chunks,
         };
         let options = ServedOptions {
             chunks,
