@@ -9,7 +9,7 @@ use nix::unistd::Uid;
 use crate::process;
 
 /// A program, and the package of Debian and Ubuntu that has it.
-const NEEDED: [(&str, &str); 21] = [
+const NEEDED: [(&str, &str); 22] = [
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdfuse", "libnbd-bin"),
@@ -19,6 +19,7 @@ const NEEDED: [(&str, &str); 21] = [
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-storage-daemon", "qemu-system-common"),
     ("mkfs.ext4", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
     ("mkfs.xfs", "xfsprogs"),
@@ -97,7 +98,7 @@ mod tests {
         );
         assert_eq!(
             missing(|program| !program.starts_with("qemu")),
-            ["qemu-utils", "qemu-system-x86"]
+            ["qemu-utils", "qemu-system-x86", "qemu-system-common"]
         );
         assert!(missing(|_| true).is_empty());
     }
