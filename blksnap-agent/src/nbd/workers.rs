@@ -112,8 +112,12 @@ impl Workers {
         if more {
             state.threads += 1;
         }
+        // A thread that is not idle looks for jobs before it becomes so.
+        let wake = state.idle > 0;
         drop(state);
-        self.inner.come.notify_one();
+        if wake {
+            self.inner.come.notify_one();
+        }
         if more {
             let inner = Arc::clone(&self.inner);
             let started = std::thread::Builder::new()

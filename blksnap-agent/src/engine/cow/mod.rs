@@ -22,6 +22,7 @@ pub mod journal;
 mod mover;
 mod origin;
 mod preserve;
+mod settled;
 mod staging;
 mod store;
 

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::image::Image;
 use super::mover::Mover;
+use super::settled::Settled;
 use super::store::{Promise, Store};
 use crate::cow::{ChunkLayout, Hold, HoldError, Overflow, Slot, SnapshotKey, Table, UnitSet};
 use crate::disk::Disk;
@@ -109,7 +110,7 @@ pub struct Origin {
     armed: AtomicUsize,
     state: Mutex<State>,
     /// A job was settled, or a snapshot is gone.
-    pub(super) settled: Condvar,
+    pub(super) settled: Settled,
     pub(super) times: Times,
     pub(super) mover: Mover,
 }
@@ -136,7 +137,7 @@ impl Origin {
                 hold: Hold::new(layout),
                 stores: BTreeMap::new(),
             }),
-            settled: Condvar::new(),
+            settled: Settled::default(),
             times: Times::default(),
             mover: Mover::default(),
         }
@@ -229,7 +230,7 @@ impl Origin {
             .is_some_and(|armed| armed.store.queued() > 0 && state.hold.table(snapshot).is_ok())
         {
             let waited = self.settled.wait_timeout(state, Duration::from_millis(10));
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = waited.unwrap_or_else(PoisonError::into_inner);
         }
     }
 
