@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::super::errors::Tell as _;
 use super::Agent;
@@ -15,7 +16,7 @@ use crate::control::api;
 use crate::control::client::encode;
 use crate::control::error::{ApiError, Code};
 use crate::cow::ChunkParams;
-use crate::disk::{Disk as _, FileDisk};
+use crate::disk::{Disk as _, DiskError, FileDisk};
 use crate::filter::served::{Place, Served, ServedOptions};
 use crate::nbd::cow::ServedExport;
 use crate::statefile::{self, Format};
@@ -25,6 +26,9 @@ const FORMAT: Format = Format {
     name: "blksnap-served-device",
     version: 1,
 };
+
+/// Longest wait for a daemon before this one, which was killed and is not wholly gone, to let a disk go.
+const ENDING: Duration = Duration::from_secs(3);
 
 /// The devices that are served, by name.
 #[derive(Debug, Default)]
@@ -112,7 +116,7 @@ impl Agent {
             name: Some(name.clone()),
             ..request.clone()
         };
-        let served = self.open_served(&resolved, &name, &path, &action)?;
+        let served = self.open_served(&resolved, &name, &path, &action, Duration::ZERO)?;
         let directory = self.served_directory(&name);
         if let Err(error) = statefile::write(&directory.join("device"), FORMAT, &resolved) {
             return Err(error.tell(&action));
@@ -132,9 +136,10 @@ impl Agent {
         name: &str,
         path: &Path,
         action: &str,
+        patience: Duration,
     ) -> Result<Arc<Served>, ApiError> {
         let disk = FileDisk::open(path, true).map_err(|error| error.tell(action))?;
-        disk.claim().map_err(|error| error.tell(action))?;
+        claim(&disk, patience).map_err(|error| error.tell(action))?;
         let size = disk.size();
         let invalid = |error: &dyn std::error::Error| {
             ApiError::new(
@@ -221,7 +226,7 @@ impl Agent {
             };
             let name = entry.file_name().to_string_lossy().into_owned();
             let action = format!("serve {}", request.path);
-            match self.open_served(&request, &name, Path::new(&request.path), &action) {
+            match self.open_served(&request, &name, Path::new(&request.path), &action, ENDING) {
                 Ok(served) => {
                     self.served.lock().insert(name, Arc::clone(&served));
                     opened.push(served);
@@ -297,6 +302,17 @@ impl Agent {
             queued: counters.queued,
             cbt: cbt_facts(served.path(), &served.changes().info(), served.changes().active()),
             unproven: served.unproven().map(ToString::to_string),
+        }
+    }
+}
+
+/// Takes a disk for this process alone; tries again as long as patience lasts.
+fn claim(disk: &FileDisk, patience: Duration) -> Result<(), DiskError> {
+    let end = Instant::now() + patience;
+    loop {
+        match disk.claim() {
+            Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(20)),
+            claimed => return claimed,
         }
     }
 }
