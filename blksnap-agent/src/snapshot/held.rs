@@ -17,7 +17,7 @@ use nix::sys::stat::{major, minor};
 use super::document::{Document, MemberDocument, journal_path};
 use super::events::{EventData, Events};
 use super::owner::{Content, Image};
-use super::{Member, SnapshotError};
+use super::{Member, SnapshotError, places};
 use crate::cbt::Taken;
 use crate::cow::{SnapshotKey, SpaceEvent, Taken as TakenSlot};
 use crate::disk::FileDisk;
@@ -339,8 +339,11 @@ impl Held {
         if let Some(directory) = &self.directory {
             remove(directory);
         }
-        if let Err(error) = self.pool.remove_kept() {
-            tracing::warn!(%error, "a file of a destroyed snapshot stays");
+        let root = self.directory.as_deref().and_then(Path::parent);
+        match (self.pool.remove_kept(), root) {
+            (Ok(()), Some(root)) => places::forget(root, self.document.id),
+            (Ok(()), None) => {}
+            (Err(error), _) => tracing::warn!(%error, "a file of a destroyed snapshot stays"),
         }
     }
 

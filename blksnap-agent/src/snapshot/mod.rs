@@ -19,6 +19,7 @@ mod events;
 mod held;
 mod member;
 mod owner;
+mod places;
 mod registry;
 
 pub use error::SnapshotError;

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use super::events::Events;
 use super::held::{Held, HoldOptions, HoldPlace, kept, pool_events, pool_options};
-use super::{Member, SnapshotError};
+use super::{Member, SnapshotError, places};
 use crate::cbt::{ReadMap, Taken};
 use crate::disk::BlockDevice;
 use crate::engine::{CancelToken, FileSink, Progress};
@@ -238,10 +238,12 @@ impl Owner {
 
     /// Removes what storage there is of a snapshot that was never taken, or lost.
     fn discard(&self) {
-        if let Some(pool) = &self.pool
-            && let Err(error) = pool.remove_kept()
-        {
-            tracing::warn!(%error, "a file of a destroyed snapshot stays");
+        if let Some(pool) = &self.pool {
+            match (pool.remove_kept(), &self.place.directory) {
+                (Ok(()), Some(root)) => places::forget(root, self.info.id),
+                (Ok(()), None) => {}
+                (Err(error), _) => tracing::warn!(%error, "a file of a destroyed snapshot stays"),
+            }
         }
         // One that was lost stays until somebody has seen it.
         if self.info.state == State::Lost
@@ -249,6 +251,7 @@ impl Owner {
             && let Some(directory) = &self.place.directory
         {
             super::held::remove(&directory.join(self.info.id.to_string()));
+            places::clear(directory, self.info.id);
         }
     }
 
@@ -294,20 +297,29 @@ impl Owner {
         let options = pool_options(self.options.minimum, self.options.autogrow, devices);
         let pool = Pool::new(options, pool_events(&self.events));
         for spec in &self.info.storage {
-            pool.append(&kept(spec, self.info.id, self.options.promise))
-                .inspect_err(|_| {
-                    // Those before it.
-                    let _ = pool.remove_kept();
-                })?;
+            pool.append(&self.keep(spec)?).inspect_err(|_| {
+                // Those before it.
+                let _ = pool.remove_kept();
+            })?;
         }
         Ok(Arc::new(pool))
+    }
+
+    /// Storage as this snapshot has it, noted for the next agent if it outlives this one.
+    fn keep(&self, spec: &StorageSpec) -> Result<StorageSpec, SnapshotError> {
+        let id = self.info.id;
+        let spec = kept(spec, id, self.options.promise);
+        if let Some(root) = &self.place.directory {
+            places::note(root, id, &spec).map_err(|source| SnapshotError::state("note in", root, source))?;
+        }
+        Ok(spec)
     }
 
     fn append(&mut self, spec: &StorageSpec) -> Result<Info, SnapshotError> {
         let id = self.info.id;
         match &self.pool {
             Some(pool) => {
-                pool.append(&kept(spec, id, self.options.promise))?;
+                pool.append(&self.keep(spec)?)?;
                 if let Some(held) = &mut self.held {
                     held.storage_changed()?;
                 }

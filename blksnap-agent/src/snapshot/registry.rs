@@ -13,7 +13,7 @@ use super::document::Document;
 use super::events::{EventData, Events, Waited};
 use super::held::{Held, HoldOptions, HoldPlace, remove};
 use super::owner::{Command, Image, Info, Owner, Start, State, Take, TakeOptions};
-use super::{Member, MemberId, SnapshotError};
+use super::{Member, MemberId, SnapshotError, places};
 use crate::engine::{CancelToken, Progress};
 use crate::filter::served::Served;
 use crate::storage::{DeviceExtent, Pool, StorageSpec};
@@ -132,15 +132,27 @@ impl Snapshots {
         let Some(directory) = &self.place.directory else {
             return Vec::new();
         };
-        let mut all = Vec::new();
+        let mut all: Vec<Left> = Vec::new();
+        let mut readable = true;
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let directory = entry.path();
+            if places::is_note(&directory) {
+                continue;
+            }
             match Document::read(&directory) {
                 Ok(Some(document)) => all.push(Left { directory, document }),
                 // A take that did not come to its end: nobody was told of it.
                 Ok(None) => remove(&directory),
-                Err(error) => tracing::error!(%error, "a snapshot of the agent before can't be read"),
+                Err(error) => {
+                    // Nobody knows whose files are still of use.
+                    readable = false;
+                    tracing::error!(%error, "a snapshot of the agent before can't be read");
+                }
             }
+        }
+        if readable {
+            let written_down = all.iter().map(|left| left.document.id).collect();
+            places::sweep(directory, &written_down);
         }
         all.sort_by_key(|left| (left.document.taken, left.document.id));
         all

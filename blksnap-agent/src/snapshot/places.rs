@@ -1,0 +1,139 @@
+//! Places: where the files of a snapshot's difference storage are, written down before they are made.
+//!
+//! Such a file has a name, so that the next agent finds it. An agent that is killed within a take, or while it destroys
+//! a snapshot, leaves files of a snapshot that is written down no more: these notes lead the next agent to them. It
+//! removes only what has the name of that snapshot.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use crate::storage::StorageSpec;
+use crate::units::SnapshotId;
+
+/// What the names of notes end with.
+const SUFFIX: &str = "storage";
+
+fn path(root: &Path, id: SnapshotId) -> PathBuf {
+    root.join(format!("{id}.{SUFFIX}"))
+}
+
+/// Whether this is one of the notes.
+pub(super) fn is_note(path: &Path) -> bool {
+    path.extension() == Some(OsStr::new(SUFFIX))
+}
+
+/// Notes where `spec` is about to be, if a file of it outlives the agent.
+///
+/// # Errors
+/// It can't be noted.
+pub(super) fn note(root: &Path, id: SnapshotId, spec: &StorageSpec) -> io::Result<()> {
+    let StorageSpec::Directory {
+        path: directory,
+        keep: Some(_),
+        ..
+    } = spec
+    else {
+        return Ok(());
+    };
+    DirBuilder::new().recursive(true).mode(0o700).create(root)?;
+    let mut file = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path(root, id))?;
+    file.write_all(&[directory.as_os_str().as_bytes(), b"\0"].concat())
+}
+
+/// The files are removed.
+pub(super) fn forget(root: &Path, id: SnapshotId) {
+    match fs::remove_file(path(root, id)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(snapshot = %id, %error, "the note of its storage stays");
+        }
+        _ => {}
+    }
+}
+
+/// Removes the files of snapshots that are not among those that are `written_down`.
+pub(super) fn sweep(root: &Path, written_down: &BTreeSet<SnapshotId>) {
+    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+        let note = entry.path();
+        let id = note.file_stem().and_then(OsStr::to_str);
+        let Some(id) = id.and_then(|id| id.parse::<SnapshotId>().ok()) else {
+            continue;
+        };
+        if is_note(&note) && !written_down.contains(&id) {
+            clear(root, id);
+        }
+    }
+}
+
+/// Removes the files of a snapshot that were noted, and the note.
+pub(super) fn clear(root: &Path, id: SnapshotId) {
+    let removed = match fs::read(path(root, id)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+        read => read.and_then(|bytes| {
+            bytes
+                .split(|byte| *byte == 0)
+                .filter(|path| !path.is_empty())
+                .try_for_each(|path| remove_files(Path::new(OsStr::from_bytes(path)), id))
+        }),
+    };
+    match removed {
+        Ok(()) => forget(root, id),
+        Err(error) => tracing::warn!(snapshot = %id, %error, "files of a snapshot that is gone stay"),
+    }
+}
+
+/// Removes the files in a directory that have the name of a snapshot.
+fn remove_files(directory: &Path, id: SnapshotId) -> io::Result<()> {
+    let start = format!("blksnap-{id}-");
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(&start) && name.ends_with(".diff") {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_a_snapshot_that_is_gone_are_removed_and_no_others() {
+        let root = tempfile::tempdir().unwrap();
+        let storage = tempfile::tempdir().unwrap();
+        let [gone, held, foreign] = [(); 3].map(|()| SnapshotId::new(uuid::Uuid::new_v4()));
+        let file = |id: SnapshotId, number: u32| storage.path().join(format!("blksnap-{id}-{number}.diff"));
+        for id in [gone, held] {
+            let spec = StorageSpec::Directory {
+                path: storage.path().to_owned(),
+                limit: None,
+                keep: Some(id.to_string()),
+            };
+            note(root.path(), id, &spec).unwrap();
+        }
+        let files = [(gone, 0), (gone, 1), (held, 0), (foreign, 0)].map(|(id, number)| file(id, number));
+        for file in &files {
+            fs::write(file, b"").unwrap();
+        }
+        sweep(root.path(), &BTreeSet::from([held]));
+        assert_eq!(files.map(|file| file.exists()), [false, false, true, true]);
+        assert!(!path(root.path(), gone).exists() && path(root.path(), held).exists());
+        forget(root.path(), held);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+}
