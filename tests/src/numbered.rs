@@ -19,6 +19,8 @@ use crate::nbd::{Client, Framing, Request, cmd, flag};
 
 /// Bytes of a sector, the unit of the steps.
 const SECTOR: usize = 512;
+/// How many steps may leave no trace, one after the other.
+const AHEAD: u32 = 64;
 
 /// Steps of one seed, on a range of sectors that is the same on each disk.
 #[derive(Clone, Copy, Debug)]
@@ -175,11 +177,12 @@ impl Sequence {
             let inside = |place: &(usize, usize)| place.0 == step.disk && range.contains(&(place.1 as u64));
             places.iter().all(inside)
         };
-        // Zeroes and steps to disks that nobody looks at do not show who made them.
+        // Zeroes and steps to disks that nobody looks at do not show who made them, nor does a write that zeroes are
+        // behind of.
         let mut earliest = None;
         let mut partly = None;
         let mut number = newest;
-        for _ in 0..4096 {
+        for _ in 0..AHEAD {
             let now = different(&model, &found);
             if now.is_empty() {
                 earliest = Some(number);
@@ -193,8 +196,6 @@ impl Sequence {
                 if now.iter().all(is_zero) {
                     partly = Some(number);
                 }
-            } else if next.kind == Kind::Write && found[next.disk].is_some() {
-                break;
             }
             number += 1;
             self.apply(&mut model, number);
@@ -211,7 +212,7 @@ impl Sequence {
             };
         };
         let mut latest = earliest;
-        for _ in 0..4096 {
+        for _ in 0..AHEAD {
             self.apply(&mut model, latest + 1);
             if !different(&model, &found).is_empty() {
                 break;
