@@ -91,6 +91,8 @@ pub enum Command {
     /// Serve a disk or an image file read-write over NBD, with change tracking and snapshots
     Serve(Serve),
     /// Show what is served
+    #[command(after_help = "Example:
+  blksnap-agent served --output json | jq -r '.served[].uri'")]
     Served,
     /// End serving disks
     Unserve(Unserve),

@@ -139,7 +139,7 @@ impl Tell for SnapshotError {
             Self::AlreadyAdded { .. } | Self::AlreadyTaken(_) => Code::Already,
             Self::NotTaken(_) => Code::NotTaken,
             Self::NotTracked(_) | Self::NotInSnapshot(_) => Code::NotAttached,
-            Self::Mixed { .. } | Self::OneDirectory(_) | Self::NotAppendable(_) => Code::InvalidRequest,
+            Self::Mixed { .. } | Self::OneDirectory { .. } | Self::NotAppendable(_) => Code::InvalidRequest,
             Self::Document(error) => error.code(),
             Self::State { source, .. } => of_io(source),
             Self::Journal(_) | Self::Served(_) => Code::Io,

@@ -53,8 +53,15 @@ pub enum SnapshotError {
         snapshot: SnapshotId,
     },
     /// A snapshot of devices that are copied has one directory.
-    #[error("snapshot {0} is copied to one directory; name one directory without a limit as its storage")]
-    OneDirectory(SnapshotId),
+    #[error(
+        "snapshot {snapshot} is copied to a directory, which {given} is not; name one directory without a limit as its storage"
+    )]
+    OneDirectory {
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// What was named.
+        given: String,
+    },
     /// Storage can't be added any more.
     #[error("snapshot {0} is copied, and its storage grows by itself")]
     NotAppendable(SnapshotId),
@@ -114,7 +121,7 @@ impl SnapshotError {
                 Errno::ETIME
             }
             Self::Tracker(TrackerError::NotAttached(_)) => Errno::ENODEV,
-            Self::Mixed { .. } | Self::OneDirectory(_) | Self::NotAppendable(_) => Errno::EINVAL,
+            Self::Mixed { .. } | Self::OneDirectory { .. } | Self::NotAppendable(_) => Errno::EINVAL,
             Self::State { source, .. } => source.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
             Self::Storage(_)
             | Self::Tracker(_)

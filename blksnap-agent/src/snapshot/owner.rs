@@ -398,7 +398,11 @@ impl Owner {
             },
         ] = self.info.storage.as_slice()
         else {
-            return Err(SnapshotError::OneDirectory(self.info.id));
+            let given: Vec<String> = self.info.storage.iter().map(ToString::to_string).collect();
+            return Err(SnapshotError::OneDirectory {
+                snapshot: self.info.id,
+                given: given.join(" and "),
+            });
         };
         let tracked = self.info.devices.iter().filter_map(Member::tracked);
         Ok(Plan::Copy(Work {
