@@ -280,10 +280,11 @@ mod tests {
             map.take(generation, map.capacity()).unwrap();
             let base = Base { generation, number: 0 };
             let mut extents = map.frozen().unwrap().changed_since(&base).unwrap();
-            (0..skip).for_each(|_| drop(extents.next()));
+            for _ in 0..skip {
+                extents.next();
+            }
             let mut one_by_one = Vec::new();
-            let mut rest = extents.clone();
-            while let Some(extent) = rest.next() {
+            for extent in extents.clone() {
                 one_by_one.push(extent);
             }
             let at_once = extents.fold(Vec::new(), |mut all, extent| {
