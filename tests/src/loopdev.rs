@@ -1,10 +1,11 @@
 //! Loop device: a block device on a sparse file in a temporary directory.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use tempfile::TempDir;
 
 use crate::{complain, run, unmount};
@@ -24,11 +25,16 @@ pub struct LoopOptions {
     pub direct_io: bool,
 }
 
+/// Taken by whoever asks the kernel for a free device, and by whoever has freed one whose number it wants back.
+const NUMBERS: &str = "/tmp/blksnap-tests-loop.lock";
+
 /// A loop device of our own. Dropping it unmounts what [`LoopDevice::mount`] mounted, detaches the device and
 /// removes its file.
 #[derive(Debug)]
 pub struct LoopDevice {
     node: PathBuf,
+    /// While it is detached: nobody else of the tests is given its number.
+    detached: Option<File>,
     mounts: Vec<PathBuf>,
     image: PathBuf,
     directory: TempDir,
@@ -77,9 +83,12 @@ impl LoopDevice {
             arguments.push("--direct-io=on".to_owned());
         }
         arguments.push(image.display().to_string());
+        let numbers = lock_numbers()?;
         let node = PathBuf::from(run("losetup", &arguments)?.trim());
+        drop(numbers);
         let device = Self {
             node,
+            detached: None,
             mounts: Vec::new(),
             image,
             directory,
@@ -129,17 +138,59 @@ impl LoopDevice {
         self.image.clone()
     }
 
+    /// Detaches the device. Its number is kept for [`LoopDevice::attach`], away from all other tests.
+    ///
+    /// # Errors
+    /// It is detached already, or somebody uses it.
+    pub fn detach(&mut self) -> Result<()> {
+        ensure!(self.detached.is_none(), "{} is detached", self.node.display());
+        let numbers = lock_numbers()?;
+        run("losetup", [Path::new("--detach"), &self.node])?;
+        ensure!(self.is_gone(), "{} is still open", self.node.display());
+        self.detached = Some(numbers);
+        Ok(())
+    }
+
+    /// Attaches `file` under the name of the device, which was detached, with more `options` of `losetup`.
+    ///
+    /// # Errors
+    /// `losetup` fails.
+    pub fn attach(&mut self, file: &Path, options: &[&str]) -> Result<()> {
+        let arguments = options.iter().map(Path::new).chain([self.path(), file]);
+        run("losetup", arguments)?;
+        file.clone_into(&mut self.image);
+        self.detached = None;
+        Ok(())
+    }
+
     /// Detaches the device and attaches a new file of the same size under the same name.
     ///
     /// # Errors
-    /// Somebody uses the device, or took its number meanwhile.
+    /// Somebody uses the device.
     pub fn replace(&mut self) -> Result<()> {
         let image = self.image();
         let length = std::fs::metadata(&image)?.len();
-        run("losetup", [Path::new("--detach"), &self.node])?;
+        self.detach()?;
         std::fs::remove_file(&image)?;
-        std::fs::File::create(&image)?.set_len(length)?;
-        run("losetup", [&self.node, &image]).map(drop)
+        File::create(&image)?.set_len(length)?;
+        self.attach(&image, &[])
+    }
+
+    /// Waits until the kernel has let go of our file: it detaches with the last close, and whoever scans devices may
+    /// still have it open.
+    fn is_gone(&self) -> bool {
+        let backing = Path::new("/sys/class/block")
+            .join(self.name())
+            .join("loop/backing_file");
+        let ours = self.image();
+        let deadline = Instant::now() + DETACH;
+        while std::fs::read_to_string(&backing).is_ok_and(|file| Path::new(file.trim()) == ours) {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
     }
 
     /// Makes a file system of `kind` (`ext4`, `xfs`, `btrfs`) on the whole device.
@@ -210,24 +261,24 @@ impl Drop for LoopDevice {
                 let _ = run("umount", [Path::new("--lazy"), &target]);
             }
         }
+        if self.detached.is_some() {
+            return;
+        }
         if let Err(error) = run("losetup", [Path::new("--detach"), &self.node]) {
             complain(format_args!("{error:#}"));
         }
-        // The kernel detaches with the last close: whoever scans devices may still have it open.
-        let backing = Path::new("/sys/class/block")
-            .join(self.name())
-            .join("loop/backing_file");
-        let deadline = Instant::now() + DETACH;
-        let ours = self.image();
-        while std::fs::read_to_string(&backing).is_ok_and(|file| Path::new(file.trim()) == ours) {
-            if Instant::now() > deadline {
-                complain(format_args!(
-                    "{} is still open after {DETACH:?}",
-                    self.node.display()
-                ));
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        if !self.is_gone() {
+            complain(format_args!(
+                "{} is still open after {DETACH:?}",
+                self.node.display()
+            ));
         }
     }
+}
+
+/// Waits for the right to be given a number; it ends with the file.
+fn lock_numbers() -> Result<File> {
+    let file = File::create(NUMBERS).with_context(|| format!("make {NUMBERS}"))?;
+    file.lock().with_context(|| format!("lock {NUMBERS}"))?;
+    Ok(file)
 }

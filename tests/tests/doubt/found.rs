@@ -69,30 +69,15 @@ fn another_file_behind_a_loop_device() -> Result<()> {
 #[test]
 fn other_bytes_of_the_same_file() -> Result<()> {
     let tracker = tracker()?;
-    let disk = LoopDevice::new(16 * MIB)?;
-    let partition = disk.image().with_file_name("other.img");
-    std::fs::File::create(&partition)?.set_len(32 * MIB)?;
+    let mut disk = LoopDevice::new(16 * MIB)?;
+    let other = disk.image().with_file_name("other.img");
+    std::fs::File::create(&other)?.set_len(32 * MIB)?;
     // With an offset from the start, and with another one under the same name: the numbers of the kernel alone
     // would tell it here, and so the directory in sysfs is made up in the unit tests.
     let device = attach(&tracker, disk.path())?;
-    run("losetup", [Path::new("--detach"), disk.path()])?;
-    let moved = run(
-        "losetup",
-        [
-            Path::new("--offset=4096"),
-            Path::new("--sizelimit=16777216"),
-            disk.path(),
-            &partition,
-        ],
-    );
-    if moved.is_err() {
-        println!("{} was taken by somebody else", disk.path().display());
-        return Ok(());
-    }
-    let lost = is_lost(&tracker, &device, disk.path(), ResetReason::MediumChanged);
-    run("losetup", [Path::new("--detach"), disk.path()])?;
-    run("losetup", [disk.path(), &disk.image()])?;
-    lost
+    disk.detach()?;
+    disk.attach(&other, &["--offset=4096", "--sizelimit=16777216"])?;
+    is_lost(&tracker, &device, disk.path(), ResetReason::MediumChanged)
 }
 
 #[test]

@@ -40,7 +40,12 @@ impl Scene {
             base: String::new(),
         };
         scene.base = base(&scene.backup(false)?);
-        ensure!(scene.status()?["cbt"]["corrupted"].is_null());
+        let status = scene.status()?;
+        ensure!(
+            status["cbt"]["corrupted"].is_null(),
+            "{status}\n{}",
+            scene.daemon.log()
+        );
         ensure!(scene.changes()?["extents"].is_array(), "{}", scene.changes()?);
         Ok(scene)
     }
@@ -251,9 +256,8 @@ fn a_device_that_grew() -> Result<()> {
 
 #[test]
 fn a_device_that_is_gone_and_back() -> Result<()> {
-    let scene = Scene::new(16 * MIB)?;
-    let node = scene.disk.path();
-    run("losetup", [Path::new("--detach"), node])?;
+    let mut scene = Scene::new(16 * MIB)?;
+    scene.disk.detach()?;
     scene.told("device_gone")?;
     let status = scene.status()?;
     ensure!(
@@ -266,12 +270,10 @@ fn a_device_that_is_gone_and_back() -> Result<()> {
         .daemon
         .try_run(["backup", &scene.node, "/nonexistent/x.img"])?;
     ensure!(backup.code == 1, "{backup:?}");
-    // Another file under the same name; somebody else may have been quicker.
-    if run("losetup", [node, &scene.disk.image()]).is_err() {
-        println!("{} was taken by somebody else", scene.node);
-        return Ok(());
-    }
-    write_block(node, 0)?;
+    // The same name again.
+    let image = scene.disk.image();
+    scene.disk.attach(&image, &[])?;
+    write_block(scene.disk.path(), 0)?;
     ensure!(scene.status()?["lost"] == "device_gone");
     let changes = scene.changes()?;
     ensure!(changes["full_needed"]["reason"] == "device_gone", "{changes}");
@@ -304,8 +306,8 @@ fn a_device_that_is_gone_and_back() -> Result<()> {
 
 #[test]
 fn a_device_that_is_gone_can_be_detached() -> Result<()> {
-    let scene = Scene::new(16 * MIB)?;
-    run("losetup", [Path::new("--detach"), scene.disk.path()])?;
+    let mut scene = Scene::new(16 * MIB)?;
+    scene.disk.detach()?;
     scene.daemon.run(["detach", &scene.node])?;
     ensure!(scene.daemon.json(["status"])?["devices"] == serde_json::json!([]));
     Ok(())
