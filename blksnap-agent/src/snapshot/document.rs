@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::engine::cow::Promise;
 use crate::statefile::{self, Format, StateFileError};
@@ -11,7 +12,7 @@ use crate::units::{Generation, SnapshotId};
 
 const FORMAT: Format = Format {
     name: "blksnap-held-snapshot",
-    version: 1,
+    version: 2,
 };
 const NAME: &str = "snapshot";
 
@@ -30,6 +31,17 @@ pub(super) struct MemberDocument {
     /// Generation and number of the take.
     pub(super) generation: Generation,
     pub(super) number: u8,
+    /// The time that the device was served in which it was held last.
+    pub(super) session: Uuid,
+    /// The time before that, if it was held then, too: an agent that ended before it took a write left that one.
+    pub(super) session_before: Option<Uuid>,
+}
+
+impl MemberDocument {
+    /// Whether the snapshot was held in this session, the last one in which writes may have come.
+    pub(super) fn was_held(&self, session: Option<Uuid>) -> bool {
+        session.is_some_and(|session| session == self.session || Some(session) == self.session_before)
+    }
 }
 
 /// A snapshot that is held.

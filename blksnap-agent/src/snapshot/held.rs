@@ -230,6 +230,12 @@ impl Held {
                     why: why.to_string(),
                 });
             }
+            if !member.was_held(served.session_before()) {
+                return Err(Unfinished::Device {
+                    device: member.path.clone(),
+                    why: "it was served without the snapshot since".to_owned(),
+                });
+            }
             let layout = served.origin().layout();
             if (member.size, member.chunk) != (layout.size(), layout.chunk_bytes()) {
                 return Err(Unfinished::Device {
@@ -294,6 +300,10 @@ impl Held {
                     return Err(Unfinished::Storage(error));
                 }
             }
+        }
+        for (member, served) in held.document.members.iter_mut().zip(devices) {
+            member.session = served.session();
+            member.session_before = served.session_before();
         }
         held.document.boot.clone_from(&place.boot);
         held.document.stopped = false;
@@ -539,6 +549,8 @@ fn document_of(served: &Served, taken: &Taken) -> MemberDocument {
         chunk: layout.chunk_bytes(),
         generation: taken.generation,
         number: taken.number,
+        session: served.session(),
+        session_before: None,
     }
 }
 

@@ -267,6 +267,67 @@ fn a_missing_file_loses_its_snapshots_only() -> Result<()> {
     scene.destroy(&base)
 }
 
+#[test]
+fn a_snapshot_that_was_lost_never_comes_back() -> Result<()> {
+    let seed = seed("a_snapshot_that_was_lost_never_comes_back");
+    // What is hidden from the second daemon: a file of the snapshot, a journal, or the file of another disk in it.
+    for hidden in ["disk", "journal", "other"] {
+        let mut scene = Scene::new()?;
+        let path = scene.serve("disk", 4 * MIB, seed, &[])?;
+        let other = scene.serve("other", 4 * MIB, seed ^ 1, &[])?;
+        let base = scene.snapshot(&[&path, &other], &[])?;
+        scene.daemon.kill()?;
+        let file = match hidden {
+            "disk" => path.clone(),
+            "other" => other.clone(),
+            _ => scene
+                .daemon
+                .state_dir()
+                .join("snapshots")
+                .join(&base.id)
+                .join("journal-0"),
+        };
+        let away = scene.beside("away");
+        std::fs::rename(&file, &away)?;
+        scene.launch()?;
+        ensure!(scene.info(&base.id)?["state"] == "corrupted", "{hidden}");
+        // The disk is written without the snapshot.
+        std::fs::rename(&away, &file)?;
+        if hidden == "disk" {
+            scene.serve_path(&path, &[])?;
+        }
+        done(&mut scene.client("disk")?, Request::write(MIB, vec![1; 4096]))?;
+        scene.daemon.kill()?;
+        scene.launch()?;
+        lost(&scene, &base, "served without the snapshot")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_daemon_killed_before_it_serves_again_loses_nothing() -> Result<()> {
+    let seed = seed("a_daemon_killed_before_it_serves_again_loses_nothing");
+    let mut scene = Scene::new()?;
+    let path = scene.serve("disk", 4 * MIB, seed, &[])?;
+    let before = std::fs::read(&path)?;
+    let taken = scene.snapshot(&[&path], &[])?;
+    let left = scene.daemon.state_dir().join("served/disk/left");
+    done(&mut scene.client("disk")?, Request::write(MIB, vec![1; 4096]))?;
+    // As if each had been killed after it resumed the snapshot and before it said that it serves the disk.
+    for _ in 0..2 {
+        let said = std::fs::read(&left)?;
+        scene.daemon.kill()?;
+        scene.launch()?;
+        same(&scene.image(&taken, "disk")?, &before, "the image")?;
+        scene.daemon.kill()?;
+        std::fs::write(&left, said)?;
+        scene.launch()?;
+        ensure!(scene.info(&taken.id)?["state"] == "taken");
+        same(&scene.image(&taken, "disk")?, &before, "the image after")?;
+    }
+    Ok(())
+}
+
 /// A daemon in a boot that the test makes.
 fn booted(file: &str) -> Result<(Scene, tempfile::TempDir)> {
     let directory = tempfile::tempdir()?;

@@ -117,6 +117,7 @@ impl Agent {
             ..request.clone()
         };
         let served = self.open_served(&resolved, &name, &path, &action, Duration::ZERO)?;
+        begin(&served, &action)?;
         let directory = self.served_directory(&name);
         if let Err(error) = statefile::write(&directory.join("device"), FORMAT, &resolved) {
             return Err(error.tell(&action));
@@ -234,6 +235,7 @@ impl Agent {
                 Err(error) => tracing::error!(%error, "a device that was served is not served any more"),
             }
         }
+        let mut infos = Vec::new();
         for left in self.snapshots.left() {
             let resumed = self
                 .snapshots
@@ -244,11 +246,23 @@ impl Agent {
                         None => tracing::info!(snapshot = %info.id, "the snapshot goes on"),
                         Some(why) => tracing::error!(snapshot = %info.id, why, "the snapshot is lost"),
                     }
-                    if let Err(error) = self.offer(&info) {
-                        tracing::error!(snapshot = %info.id, %error, "an image can't be exported");
-                    }
+                    infos.push(info);
                 }
                 Err(error) => tracing::error!(%error, "a snapshot can't go on"),
+            }
+        }
+        // What was not resumed by now never will be: before the first write.
+        opened.retain(|served| {
+            let begun = begin(served, &format!("serve {}", served.path().display()));
+            if let Err(error) = &begun {
+                self.served.lock().remove(served.name());
+                tracing::error!(%error, "a device that was served is not served any more");
+            }
+            begun.is_ok()
+        });
+        for info in infos {
+            if let Err(error) = self.offer(&info) {
+                tracing::error!(snapshot = %info.id, %error, "an image can't be exported");
             }
         }
         for served in opened {
@@ -304,6 +318,13 @@ impl Agent {
             unproven: served.unproven().map(ToString::to_string),
         }
     }
+}
+
+/// Writes may come from here on.
+fn begin(served: &Served, action: &str) -> Result<(), ApiError> {
+    served
+        .begin()
+        .map_err(|error| ApiError::of(Code::Io, action, &error))
 }
 
 /// Takes a disk for this process alone; tries again as long as patience lasts.

@@ -103,6 +103,9 @@ impl Changes {
         if map.capacity() != capacity {
             return Ok(None);
         }
+        if has_other_generation(directory, map.generation()) {
+            return Err(damaged("a generation that came after it was not saved".to_owned()).into());
+        }
         apply(&mut map, directory)?.ok_or_else(|| damaged("its period has no marks".to_owned()))?;
         // A take that had begun the next period, and did not come to save the map.
         let next = period_path(directory, map.generation(), map.active().wrapping_add(1));
@@ -386,6 +389,15 @@ fn apply(map: &mut CbtMap, directory: &Path) -> Result<Option<()>, ChangesError>
 
 fn period_path(directory: &Path, generation: Generation, number: u8) -> PathBuf {
     directory.join(format!("period-{generation}-{number}"))
+}
+
+/// Whether there are marks of another generation: a take began it and did not come to save the map.
+fn has_other_generation(directory: &Path, generation: Generation) -> bool {
+    let own = format!("period-{generation}-");
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .any(|name| name.starts_with("period-") && !name.starts_with(&own))
 }
 
 /// Removes all files of periods but `keep`.

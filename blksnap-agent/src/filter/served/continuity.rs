@@ -4,6 +4,7 @@ use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 /// A served disk as `stat` and the kernel's counters tell of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +62,8 @@ impl Facts {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Left {
+    /// Which of all times that the disk was served this is; it is written before the first write.
+    pub session: Uuid,
     /// The boot in which it ran.
     pub boot: String,
     /// The disk when it was opened.
@@ -110,6 +113,9 @@ pub enum Unproven {
     /// The system went down while it was served.
     #[error("the system went down while it was served")]
     Boot,
+    /// What the agent before left can't be read.
+    #[error("what the agent before left of it can't be read")]
+    Unreadable,
     /// The agent before left no lease that can be read.
     #[error("nothing says when the agent before wrote last")]
     NoLease,
@@ -169,6 +175,7 @@ mod tests {
     #[test]
     fn only_what_is_proven_goes_on() {
         let killed = Left {
+            session: Uuid::from_u128(1),
             boot: "a".to_owned(),
             opened: facts(),
             stopped: None,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
+use uuid::Uuid;
 
 use super::changes::{Changes, ChangesError};
 use super::continuity::{Facts, Left, Proof, Unproven, prove};
@@ -21,7 +22,7 @@ use crate::units::{BlockSize, Sectors};
 
 const LEFT: Format = Format {
     name: "blksnap-served-left",
-    version: 1,
+    version: 2,
 };
 
 /// A disk can't be served.
@@ -83,6 +84,10 @@ pub struct Served {
     lease: Option<Lease>,
     boot: String,
     opened: Facts,
+    /// This time that the disk is served.
+    session: Uuid,
+    /// The time before this one, if nobody has written to the disk since.
+    session_before: Option<Uuid>,
     /// Why what an agent before knew of the disk does not hold any more.
     unproven: Option<Unproven>,
     /// Writes are refused.
@@ -90,7 +95,8 @@ pub struct Served {
 }
 
 impl Served {
-    /// Serves `disk`, which is what is at the place. The change map goes on where that is proven.
+    /// Opens `disk`, which is what is at the place. The change map goes on where that is proven. Snapshots that were
+    /// left may be resumed then, and [`Served::begin`] comes before the first write.
     ///
     /// # Errors
     /// The disk has no usable size, or the state directory can't be used.
@@ -115,11 +121,11 @@ impl Served {
         let layout = options
             .chunks
             .layout(capacity, disk.logical_block(), disk.minimum_io());
-        let (changes, unproven, lease) = match &place.state {
+        let (found, lease) = match &place.state {
             None => {
                 let reason = ResetReason::NewAttach;
                 let changes = Changes::begin(None, options.tracking_block, capacity, reason)?;
-                (changes, None, None)
+                (Found::new(changes), None)
             }
             Some(state) => {
                 DirBuilder::new()
@@ -127,18 +133,16 @@ impl Served {
                     .mode(0o700)
                     .create(state)
                     .map_err(failed("make its state directory"))?;
-                let (changes, unproven) = continue_changes(state, &now, options, capacity)?;
-                let left = Left {
-                    boot: options.boot.clone(),
-                    opened: now.clone(),
-                    stopped: None,
-                };
-                // From here on a stop that was not clean is known as one.
-                statefile::write(&state.join("left"), LEFT, &left)?;
-                let lease = Lease::begin(&state.join("lease")).map_err(failed("begin its lease"))?;
-                (changes, unproven, Some(lease))
+                let found = find(state, &now, options, capacity)?;
+                let lease = Lease::open(&state.join("lease")).map_err(failed("open its lease"))?;
+                (found, Some(lease))
             }
         };
+        let Found {
+            changes,
+            session,
+            unproven,
+        } = found;
         if let Some(why) = &unproven {
             tracing::warn!(device = %path.display(), %why, "the change map begins anew");
         }
@@ -150,9 +154,24 @@ impl Served {
             lease,
             boot: options.boot.clone(),
             opened: now,
+            session: Uuid::new_v4(),
+            session_before: session,
             unproven,
             closed: AtomicBool::new(false),
         }))
+    }
+
+    /// Says in the state directory that the disk is served from now on: a stop that is not clean is known as one, and
+    /// snapshots that were not resumed before can't be resumed any more.
+    ///
+    /// # Errors
+    /// The state directory can't be used.
+    pub fn begin(&self) -> Result<(), ServedError> {
+        self.write_left(None)?;
+        match &self.lease {
+            Some(lease) => lease.begin().map_err(self.failed("begin its lease")),
+            None => Ok(()),
+        }
     }
 
     /// Its name.
@@ -185,10 +204,22 @@ impl Served {
         &self.changes
     }
 
-    /// Why snapshots that an agent before has taken can't go on; `None` if they can.
+    /// Why what an agent before knew of the disk does not hold any more; `None` if it does, or there was none.
     #[must_use]
     pub const fn unproven(&self) -> Option<&Unproven> {
         self.unproven.as_ref()
+    }
+
+    /// This time that the disk is served.
+    #[must_use]
+    pub const fn session(&self) -> Uuid {
+        self.session
+    }
+
+    /// The time before this one, if nobody has written to the disk since: a snapshot that was held then can go on.
+    #[must_use]
+    pub const fn session_before(&self) -> Option<Uuid> {
+        self.session_before
     }
 
     /// Fills `buffer` from byte `offset` on. Never waits for a copy.
@@ -313,44 +344,69 @@ impl Served {
     /// # Errors
     /// The disk or the state directory fails; the next agent begins anew then.
     pub fn stop(&self) -> Result<(), ServedError> {
-        let failed = |action| {
-            let path = self.place.path.clone();
-            move |source| ServedError::Io { path, action, source }
-        };
-        let Some(state) = &self.place.state else {
-            return self.flush().map_err(failed("flush it"));
-        };
-        self.flush().map_err(failed("flush it"))?;
+        self.flush().map_err(self.failed("flush it"))?;
+        if self.place.state.is_none() {
+            return Ok(());
+        }
         self.changes.save()?;
-        let metadata = fs::metadata(&self.place.path).map_err(failed("look at it"))?;
+        let metadata = fs::metadata(&self.place.path).map_err(self.failed("look at it"))?;
+        self.write_left(Some(Facts::of(&metadata, self.size())))
+    }
+
+    fn write_left(&self, stopped: Option<Facts>) -> Result<(), ServedError> {
+        let Some(state) = &self.place.state else {
+            return Ok(());
+        };
         let left = Left {
+            session: self.session,
             boot: self.boot.clone(),
             opened: self.opened.clone(),
-            stopped: Some(Facts::of(&metadata, self.size())),
+            stopped,
         };
-        statefile::write(&state.join("left"), LEFT, &left)?;
-        Ok(())
+        Ok(statefile::write(&state.join("left"), LEFT, &left)?)
+    }
+
+    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> ServedError {
+        let path = self.place.path.clone();
+        move |source| ServedError::Io { path, action, source }
     }
 }
 
-/// The change map in a state directory, if nobody but agents wrote since, or a new one and the reason for it.
-fn continue_changes(
-    state: &Path,
-    now: &Facts,
-    options: &ServedOptions,
-    capacity: Sectors,
-) -> Result<(Changes, Option<Unproven>), ServedError> {
+/// What an agent before has left.
+struct Found {
+    changes: Changes,
+    session: Option<Uuid>,
+    unproven: Option<Unproven>,
+}
+
+impl Found {
+    const fn new(changes: Changes) -> Self {
+        Self {
+            changes,
+            session: None,
+            unproven: None,
+        }
+    }
+}
+
+/// What is in a state directory, if nobody but agents wrote to the disk since, or a new change map and the reason for
+/// it.
+fn find(state: &Path, now: &Facts, options: &ServedOptions, capacity: Sectors) -> Result<Found, ServedError> {
     let begin = |reason| Changes::begin(Some(state), options.tracking_block, capacity, reason);
     let left = match statefile::read::<Left>(&state.join("left"), LEFT) {
         Ok(Some(left)) => left,
-        Ok(None) => return Ok((begin(ResetReason::NewAttach)?, None)),
+        Ok(None) => return Ok(Found::new(begin(ResetReason::NewAttach)?)),
         Err(error) => {
             tracing::warn!(%error, "what is known of a served disk can't be used");
             let reason = match error {
                 StateFileError::Version { .. } => ResetReason::StateVersion,
                 _ => ResetReason::StateDamaged,
             };
-            return Ok((begin(reason)?, Some(Unproven::NoLease)));
+            return Ok(Found {
+                changes: begin(reason)?,
+                session: None,
+                unproven: Some(Unproven::Unreadable),
+            });
         }
     };
     let lease = Lease::read(&state.join("lease"));
@@ -362,20 +418,29 @@ fn continue_changes(
                 Unproven::Other => ResetReason::DeviceReplaced,
                 _ => ResetReason::ContinuityUnproven,
             };
-            return Ok((begin(reason)?, Some(why)));
+            return Ok(Found {
+                changes: begin(reason)?,
+                session: None,
+                unproven: Some(why),
+            });
         }
     };
-    if proof == Proof::DiskOnly {
-        return Ok((begin(ResetReason::ContinuityUnproven)?, None));
-    }
-    match Changes::resume(state, capacity) {
-        Ok(Some(changes)) => Ok((changes, None)),
-        Ok(None) => Ok((begin(ResetReason::StateDamaged)?, None)),
-        Err(error) => {
-            tracing::warn!(%error, "the change map of a served disk can't be used");
-            Ok((begin(ResetReason::StateDamaged)?, None))
-        }
-    }
+    let changes = match proof {
+        Proof::DiskOnly => begin(ResetReason::ContinuityUnproven)?,
+        Proof::Everything => match Changes::resume(state, capacity) {
+            Ok(Some(changes)) => changes,
+            Ok(None) => begin(ResetReason::StateDamaged)?,
+            Err(error) => {
+                tracing::warn!(%error, "the change map of a served disk can't be used");
+                begin(ResetReason::StateDamaged)?
+            }
+        },
+    };
+    Ok(Found {
+        changes,
+        session: Some(left.session),
+        unproven: None,
+    })
 }
 
 /// An image of a served device: what is written to it is marked as changed in the device's maps.

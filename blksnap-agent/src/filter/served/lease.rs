@@ -39,24 +39,30 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// Begins a lease in the file at `path`.
+    /// A lease in the file at `path`, which stays as it is until the lease begins.
     ///
     /// # Errors
-    /// The file can't be written.
-    pub fn begin(path: &Path) -> io::Result<Self> {
+    /// The file can't be opened.
+    pub fn open(path: &Path) -> io::Result<Self> {
         let file = OpenOptions::new()
             .write(true)
             .create(true)
-            .truncate(true)
+            .truncate(false)
             .mode(0o600)
             .open(path)?;
-        let lease = Self {
+        Ok(Self {
             until: AtomicU64::new(0),
             durable: AtomicBool::new(false),
             file: Mutex::new(file),
-        };
-        lease.renew(now())?;
-        Ok(lease)
+        })
+    }
+
+    /// Begins the lease.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn begin(&self) -> io::Result<()> {
+        self.renew(now())
     }
 
     /// The lease in the file at `path`; `None` if there is none that can be believed.
@@ -71,12 +77,15 @@ impl Lease {
         })
     }
 
-    /// From now on the lease is durable before the writes that it covers, or not any more.
+    /// From now on, or from its begin on, the lease is durable before the writes that it covers, or not any more.
     ///
     /// # Errors
     /// The file can't be written.
     pub fn make_durable(&self, durable: bool) -> io::Result<()> {
         self.durable.store(durable, Ordering::Release);
+        if self.until.load(Ordering::Acquire) == 0 {
+            return Ok(());
+        }
         self.renew(now())
     }
 
@@ -125,7 +134,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("lease");
         assert_eq!(Lease::read(&path), None);
-        let lease = Lease::begin(&path).unwrap();
+        let lease = Lease::open(&path).unwrap();
+        lease.make_durable(false).unwrap();
+        assert_eq!(Lease::read(&path), None);
+        lease.begin().unwrap();
         let end = std::time::Instant::now() + 2 * TERM;
         while std::time::Instant::now() < end {
             lease.cover().unwrap();
