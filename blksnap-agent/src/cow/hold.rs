@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 use super::layout::{ChunkLayout, ChunkRange, UnitSet};
 use super::space::Slot;
 use super::table::{BufferId, Piece, Place, Table};
+use crate::units::Extent;
 
 /// A snapshot, as the hold knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -90,7 +91,9 @@ pub struct Hold {
     tables: BTreeMap<SnapshotKey, Table>,
     /// Jobs under way, by chunk: no unit is in two of them.
     busy: HashMap<u64, Vec<(Ticket, UnitSet)>>,
-    /// Units that belong to nobody's image, by chunk.
+    /// Difference storage of a snapshot on the origin itself.
+    reserved: Vec<(SnapshotKey, Extent)>,
+    /// Units that are wholly in it, by chunk: they belong to nobody's image.
     excluded: HashMap<u64, UnitSet>,
     next: u64,
     writing: u64,
@@ -104,6 +107,7 @@ impl Hold {
             layout,
             tables: BTreeMap::new(),
             busy: HashMap::new(),
+            reserved: Vec::new(),
             excluded: HashMap::new(),
             next: 0,
             writing: 0,
@@ -139,15 +143,46 @@ impl Hold {
         Ok(())
     }
 
-    /// Takes a range out of all images: its bytes need no preserving, and an image may show anything there. For
-    /// difference storage that is on the origin itself. Units that are in the range in part only are still preserved.
-    pub fn exclude(&mut self, offset: u64, length: u64) {
-        for part in self.layout.split(offset, length) {
-            let whole = self.layout.covered(&part);
-            if !whole.is_empty() {
-                let units = self.excluded.entry(part.chunk).or_default();
-                *units = units.union(whole);
-            }
+    /// Takes a range out of all images until [`Hold::include`], or until the snapshot is released: its bytes need no
+    /// preserving, and an image may show anything there. For difference storage of a snapshot that is on the origin
+    /// itself. Units that are in the range in part only are still preserved.
+    pub fn exclude(&mut self, snapshot: SnapshotKey, range: Extent) {
+        self.reserved.push((snapshot, range));
+        exclude(&self.layout, &mut self.excluded, range);
+    }
+
+    /// Takes back [`Hold::exclude`].
+    pub fn include(&mut self, snapshot: SnapshotKey, range: Extent) {
+        if let Some(at) = self.reserved.iter().position(|known| *known == (snapshot, range)) {
+            self.reserved.swap_remove(at);
+            self.exclude_anew();
+        }
+    }
+
+    /// The snapshots whose difference storage is within a range: a write to it by anybody else destroys them.
+    #[must_use]
+    pub fn stored_in(&self, range: Extent) -> Vec<SnapshotKey> {
+        let overlaps = |other: &Extent| other.offset < range.end() && range.offset < other.end();
+        let mut snapshots: Vec<SnapshotKey> = self
+            .reserved
+            .iter()
+            .filter(|(_, reserved)| overlaps(reserved))
+            .map(|(snapshot, _)| *snapshot)
+            .collect();
+        snapshots.dedup();
+        snapshots
+    }
+
+    /// Whether difference storage is on the origin.
+    #[must_use]
+    pub const fn has_storage(&self) -> bool {
+        !self.reserved.is_empty()
+    }
+
+    fn exclude_anew(&mut self) {
+        self.excluded.clear();
+        for (_, range) in &self.reserved {
+            exclude(&self.layout, &mut self.excluded, *range);
         }
     }
 
@@ -156,6 +191,10 @@ impl Hold {
     /// # Errors
     /// It is not armed.
     pub fn release(&mut self, snapshot: SnapshotKey) -> Result<Table, HoldError> {
+        if self.reserved.iter().any(|(owner, _)| *owner == snapshot) {
+            self.reserved.retain(|(owner, _)| *owner != snapshot);
+            self.exclude_anew();
+        }
         self.tables.remove(&snapshot).ok_or(HoldError::Unknown)
     }
 
@@ -384,6 +423,17 @@ impl Hold {
             if busy.is_empty() {
                 self.busy.remove(&job.chunk);
             }
+        }
+    }
+}
+
+/// Adds the units that are wholly within a range.
+fn exclude(layout: &ChunkLayout, excluded: &mut HashMap<u64, UnitSet>, range: Extent) {
+    for part in layout.split(range.offset, range.length) {
+        let whole = layout.covered(&part);
+        if !whole.is_empty() {
+            let units = excluded.entry(part.chunk).or_default();
+            *units = units.union(whole);
         }
     }
 }

@@ -17,7 +17,7 @@ use nix::sys::stat::{major, minor};
 use super::document::{Document, MemberDocument, journal_path};
 use super::events::{EventData, Events};
 use super::owner::{Content, Image};
-use super::{Member, SnapshotError, places};
+use super::{Member, SnapshotError, own, places};
 use crate::cbt::Taken;
 use crate::cow::{SnapshotKey, SpaceEvent, Taken as TakenSlot};
 use crate::disk::FileDisk;
@@ -27,7 +27,7 @@ use crate::filter::converge::Consistency;
 use crate::filter::served::{self, Served, ServedImage};
 use crate::statefile;
 use crate::storage::{Pool, PoolOptions, StorageSpec};
-use crate::units::{SECTOR_BYTES, Sectors, SnapshotId};
+use crate::units::{Extent, SECTOR_BYTES, Sectors, SnapshotId};
 
 /// Parameters of held snapshots.
 #[derive(Clone, Debug)]
@@ -163,9 +163,15 @@ impl Held {
                 .as_ref()
                 .map(|directory| begin_journal(&journal_path(directory, number), &subject, options.promise))
                 .transpose()?;
+            let specs = pool.specs();
+            let parts = Parts {
+                pool: &pool,
+                journal,
+                excluded: own::ranges_of(&specs, served),
+            };
             members.push(served::Member {
                 served: Arc::clone(served),
-                store: Arc::new(new_store(id, served, &pool, options, events, journal)),
+                store: Arc::new(new_store(id, served, parts, options, events)),
             });
         }
         let taken = served::take(&members)?;
@@ -280,14 +286,12 @@ impl Held {
             ..options.clone()
         };
         for ((journal, table), served) in tables.into_iter().zip(devices) {
-            let store = new_store(
-                held.document.id,
-                served,
-                &held.pool,
-                &options,
-                events,
-                Some(journal),
-            );
+            let parts = Parts {
+                pool: &held.pool,
+                journal: Some(journal),
+                excluded: own::ranges_of(&held.document.storage, served),
+            };
+            let store = new_store(held.document.id, served, parts, &options, events);
             let resumed = served.resume(Arc::new(store), table);
             let durable = options.promise == Promise::PowerCut;
             match resumed.map_err(|error| error.to_string()).and_then(|image| {
@@ -337,8 +341,19 @@ impl Held {
         &self.pool
     }
 
-    /// The storage has changed: says so to the next agent.
-    pub(super) fn storage_changed(&mut self) -> Result<(), SnapshotError> {
+    /// Adds storage, and says so to the next agent. What is on a member itself belongs to its image no more before it is
+    /// used.
+    pub(super) fn append(&mut self, spec: &StorageSpec) -> Result<(), SnapshotError> {
+        let own = |image: &ServedImage| own::ranges_of(std::slice::from_ref(spec), image.served());
+        for image in &self.images {
+            image.served().origin().exclude(image.image().key(), &own(image));
+        }
+        if let Err(error) = self.pool.append(spec) {
+            for image in &self.images {
+                image.served().origin().include(image.image().key(), &own(image));
+            }
+            return Err(error.into());
+        }
         self.document.storage = self.pool.specs();
         self.write()
     }
@@ -486,23 +501,31 @@ fn begin_journal(path: &Path, subject: &Subject, promise: Promise) -> Result<Jou
     Ok(Journal::create(Arc::new(disk), subject, promise)?)
 }
 
+/// Where a member's old data goes.
+struct Parts<'a> {
+    pool: &'a Arc<Pool>,
+    journal: Option<Journal>,
+    /// Storage that is on the member itself.
+    excluded: Vec<Extent>,
+}
+
 fn new_store(
     id: SnapshotId,
     served: &Arc<Served>,
-    pool: &Arc<Pool>,
+    parts: Parts<'_>,
     options: &HoldOptions,
     events: &Arc<Events>,
-    journal: Option<Journal>,
 ) -> Store {
     let key = SnapshotKey(NEXT_KEY.fetch_add(1, Ordering::Relaxed));
     Store::new(
         key,
-        Arc::clone(pool) as Arc<dyn DiffStorage>,
+        Arc::clone(parts.pool) as Arc<dyn DiffStorage>,
         StoreOptions {
             promise: options.promise,
             queue: options.queue,
             buffers: options.buffers,
-            journal,
+            journal: parts.journal,
+            excluded: parts.excluded,
             broken: Arc::new(Tell {
                 id,
                 events: Arc::clone(events),

@@ -18,6 +18,7 @@ mod error;
 mod events;
 mod held;
 mod member;
+mod own;
 mod owner;
 mod places;
 mod registry;

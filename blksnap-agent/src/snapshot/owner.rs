@@ -319,9 +319,10 @@ impl Owner {
         let id = self.info.id;
         match &self.pool {
             Some(pool) => {
-                pool.append(&self.keep(spec)?)?;
-                if let Some(held) = &mut self.held {
-                    held.storage_changed()?;
+                let spec = self.keep(spec)?;
+                match &mut self.held {
+                    Some(held) => held.append(&spec)?,
+                    None => pool.append(&spec)?,
                 }
             }
             None if self.info.devices.is_empty() => self.info.storage.push(spec.clone()),

@@ -292,3 +292,85 @@ fn the_extents_of_the_storage_have_the_old_data() -> Result<()> {
     ensure!(shown.contains("SECTOR"), "{shown}");
     scene.destroy(&taken)
 }
+
+#[test]
+fn storage_on_the_disk_itself_is_in_no_image_and_in_no_map() -> Result<()> {
+    let seed = seed("storage_on_the_disk_itself_is_in_no_image_and_in_no_map");
+    let mut random = StdRng::seed_from_u64(seed);
+    // Dropped after the daemon, which has it open.
+    let device = LoopDevice::new(32 * MIB)?;
+    let mut original = vec![0; size(32 * MIB)?];
+    random.fill_bytes(&mut original);
+    std::fs::File::options()
+        .write(true)
+        .open(device.path())?
+        .write_all_at(&original, 0)?;
+    let scene = Scene::new()?;
+    let node = device.path();
+    scene.serve_path(node, &["--name=disk"])?;
+    // The whole disk is no place for its own old data.
+    let whole = format!("--storage={}", node.display());
+    let refused = scene
+        .daemon
+        .try_run(["snapshot", "create", &node.display().to_string(), &whole])?;
+    ensure!(refused.code == 1, "{refused:?}");
+
+    let (first, last) = (16 * MIB, 28 * MIB);
+    let range = |from: u64, to: u64| format!("{}:{}+{}", node.display(), from / 512, (to - from) / 512);
+    let place = format!("--storage={}", range(first, 20 * MIB));
+    let taken = scene.snapshot(&[node], &[&place])?;
+    let other = scene.snapshot(&[node], &[])?;
+    // More than the first 4 MiB can hold.
+    scene
+        .daemon
+        .run(["snapshot", "append", &taken.id, &range(20 * MIB, last)])?;
+    let mut memory = original.clone();
+    let below = size(first)?;
+    scribble(&mut scene.client("disk")?, &mut memory[..below / 2], &mut random, 300)?;
+    let outside = [0..below, size(last)?..original.len()];
+    for snapshot in [&taken, &other] {
+        let image = scene.image(snapshot, "disk")?;
+        for part in outside.clone() {
+            same(&image[part.clone()], &original[part], "the image")?;
+        }
+    }
+    let served = scene.content("disk")?;
+    for part in outside {
+        same(&served[part.clone()], &memory[part], "the disk")?;
+    }
+    let used = served[below..size(last)?]
+        .iter()
+        .zip(&original[below..])
+        .any(|(one, two)| one != two);
+    ensure!(used, "the range was not used");
+    let later = scene.snapshot(&[node], &[])?;
+    let changed = scene.extents(node, &["--since", &taken.base("disk")?])?;
+    scene.destroy(&later)?;
+    ensure!(!changed.is_empty());
+    ensure!(
+        changed.iter().all(|(offset, length)| offset + length <= first),
+        "{changed:?}"
+    );
+
+    // Who writes there all the same destroys that snapshot, and no other, and is not refused.
+    let data = vec![0x5a; size(4 * KIB)?];
+    let mut disk = scene.client("disk")?;
+    done(&mut disk, Request::write(24 * MIB + 512, data.clone()))?;
+    ensure!(disk.read(24 * MIB + 512, 4 * KIB)? == data);
+    let info = scene.info(&taken.id)?;
+    ensure!(info["state"] == "corrupted", "{info}");
+    let told = events(&scene, &taken)?;
+    let broken = told.iter().find(|event| event["event"] == "corrupted");
+    let reason = text(&broken.context("no event")?["reason"])?;
+    ensure!(reason.contains("difference storage"), "{reason}");
+    let mut image = scene.client(&taken.export("disk")?)?;
+    let answer = image.ask(Request::new(cmd::READ, 0, 512))?;
+    ensure!(answer.error == err::EIO, "{}", answer.error);
+    same(
+        &scene.image(&other, "disk")?[..below],
+        &original[..below],
+        "the other image",
+    )?;
+    scene.destroy(&taken)?;
+    scene.destroy(&other)
+}

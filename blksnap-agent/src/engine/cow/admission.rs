@@ -39,6 +39,7 @@ impl Origin {
         if !self.is_armed() {
             return admitted;
         }
+        self.guard_storage(offset, length);
         let mut parts = self.layout().split(offset, length);
         if let Some(first) = parts.next() {
             match parts.next() {

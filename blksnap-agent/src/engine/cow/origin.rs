@@ -1,10 +1,12 @@
 //! Origin: a disk under copy on write.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use nix::errno::Errno;
 
 use super::image::Image;
 use super::mover::Mover;
@@ -12,6 +14,7 @@ use super::settled::Settled;
 use super::store::{Promise, Store};
 use crate::cow::{ChunkLayout, Hold, HoldError, Overflow, Slot, SnapshotKey, Table, UnitSet};
 use crate::disk::Disk;
+use crate::units::Extent;
 
 /// Buckets of [`Times`]: below 1 µs, 2 µs, 4 µs, up to 2^30 µs.
 const BUCKETS: usize = 31;
@@ -108,6 +111,8 @@ pub struct Origin {
     /// Writes have it for reading; who changes what is held, for writing.
     pub(super) gate: RwLock<()>,
     armed: AtomicUsize,
+    /// Difference storage of a snapshot is on the disk itself.
+    has_storage: AtomicBool,
     state: Mutex<State>,
     /// A job was settled, or a snapshot is gone.
     pub(super) settled: Settled,
@@ -133,6 +138,7 @@ impl Origin {
             layout,
             gate: RwLock::default(),
             armed: AtomicUsize::new(0),
+            has_storage: AtomicBool::new(false),
             state: Mutex::new(State {
                 hold: Hold::new(layout),
                 stores: BTreeMap::new(),
@@ -175,9 +181,37 @@ impl Origin {
         }
     }
 
-    /// Takes a range out of all images, because it is difference storage itself; see [`Hold::exclude`].
-    pub fn exclude(&self, offset: u64, length: u64) {
-        self.lock().hold.exclude(offset, length);
+    /// Takes ranges out of all images, because they are difference storage of this snapshot; see [`Hold::exclude`].
+    /// A write to one of them by anybody else breaks the snapshot before it goes on.
+    pub fn exclude(&self, snapshot: SnapshotKey, ranges: &[Extent]) {
+        self.storage_changes(|hold| ranges.iter().for_each(|range| hold.exclude(snapshot, *range)));
+    }
+
+    /// Takes back [`Origin::exclude`].
+    pub fn include(&self, snapshot: SnapshotKey, ranges: &[Extent]) {
+        self.storage_changes(|hold| ranges.iter().for_each(|range| hold.include(snapshot, *range)));
+    }
+
+    fn storage_changes(&self, change: impl FnOnce(&mut Hold)) {
+        let mut state = self.lock();
+        change(&mut state.hold);
+        self.has_storage
+            .store(state.hold.has_storage(), Ordering::Release);
+    }
+
+    /// Breaks the snapshots whose difference storage a write is about to destroy.
+    pub(super) fn guard_storage(&self, offset: u64, length: u64) {
+        if !self.has_storage.load(Ordering::Acquire) {
+            return;
+        }
+        let broken = self.lock().hold.stored_in(Extent { offset, length });
+        for snapshot in broken {
+            self.break_off(
+                snapshot,
+                Errno::EIO as i32,
+                "its difference storage, which is on the device, was written to",
+            );
+        }
     }
 
     /// Keeps new writes back and waits for those under way. Several origins that are paused at once have one instant;
@@ -210,6 +244,8 @@ impl Origin {
         };
         // It is in both or in none.
         let _ = state.hold.release(snapshot);
+        self.has_storage
+            .store(state.hold.has_storage(), Ordering::Release);
         self.armed.store(state.stores.len(), Ordering::Release);
         drop(state);
         self.settled.notify_all();
@@ -276,6 +312,11 @@ impl Origin {
             store.staging.close();
             return Err(error.into());
         }
+        for range in &store.excluded {
+            state.hold.exclude(store.key, *range);
+        }
+        self.has_storage
+            .store(state.hold.has_storage(), Ordering::Release);
         let armed = Armed {
             store: Arc::clone(&store),
             worker,

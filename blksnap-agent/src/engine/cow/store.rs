@@ -11,6 +11,7 @@ use super::staging::Staging;
 use crate::cow::{Overflow, RegionId, Slot, SnapshotKey, UnitSet};
 use crate::disk::Disk;
 use crate::storage::Pool;
+use crate::units::Extent;
 
 /// Difference storage as the engine uses it: all devices of a snapshot share one.
 pub trait DiffStorage: fmt::Debug + Send + Sync {
@@ -83,6 +84,8 @@ pub struct StoreOptions {
     pub buffers: usize,
     /// Names what was preserved; none if nobody will go on with the snapshot.
     pub journal: Option<Journal>,
+    /// Ranges in bytes of the origin that are storage of the snapshot themselves.
+    pub excluded: Vec<Extent>,
     /// Who is told.
     pub broken: Arc<dyn Broken>,
 }
@@ -94,6 +97,7 @@ pub struct Store {
     pub(super) promise: Promise,
     pub(super) journal: Option<Journal>,
     pub(super) staging: Staging,
+    pub(super) excluded: Vec<Extent>,
     commit: Commit,
     broken: Arc<dyn Broken>,
     told: AtomicBool,
@@ -118,6 +122,7 @@ impl Store {
             key,
             storage,
             promise: options.promise,
+            excluded: options.excluded,
             journal: options.journal,
             staging: Staging::new(options.queue, options.buffers),
             commit: Commit::default(),

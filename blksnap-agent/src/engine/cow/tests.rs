@@ -96,6 +96,7 @@ fn store(
         queue: 4,
         buffers: 2,
         journal,
+        excluded: Vec::new(),
         broken: Arc::clone(&told) as _,
     };
     let store = Store::new(SnapshotKey(key), Arc::clone(storage) as _, options);

@@ -11,6 +11,7 @@ use super::super::*;
 use super::{Plain, content, layout, range, store};
 use crate::disk::testing::FaultDisk;
 use crate::disk::{Disk, MemoryDisk, Zero};
+use crate::units::Extent;
 
 /// A snapshot and what its image must read as; locked for each write to the image.
 struct Held {
@@ -144,28 +145,39 @@ fn images_are_right_with_many_threads_at_once() {
     }
 }
 
-/// Difference storage on the origin itself is written without being preserved.
+/// Difference storage on the origin itself needs no preserving; who else writes there breaks the snapshot that it is of.
 #[test]
-fn what_is_excluded_is_not_preserved() {
+fn storage_on_the_origin_is_nobodys_image() {
     let layout = layout();
     let disk = Arc::new(MemoryDisk::new("origin", layout.size(), 1 << 30));
     let origin = Arc::new(Origin::new(Arc::clone(&disk) as _, layout));
-    // From the middle of a unit to the middle of another one: the whole units between.
-    origin.exclude(2048, 5 * 4096);
     let region: Arc<dyn Disk> = Arc::new(MemoryDisk::new("region", 1 << 20, 1 << 20));
     let storage = Plain::new(&[(region, true)]);
-    let (store, _) = store(1, &storage, Promise::AgentCrash, None);
-    let image = origin.pause().arm(Arc::clone(&store)).unwrap();
+    let (elsewhere, told) = store(1, &storage, Promise::AgentCrash, None);
+    let (own, told_own) = store(2, &storage, Promise::AgentCrash, None);
+    let image = origin.pause().arm(Arc::clone(&elsewhere)).unwrap();
+    let image_own = origin.pause().arm(Arc::clone(&own)).unwrap();
+    // From the middle of a unit to the middle of another one: the whole units between.
+    let reserved = Extent {
+        offset: 2048,
+        length: 5 * 4096,
+    };
+    origin.exclude(own.key, &[reserved]);
     let write = |offset, length| {
         let _admitted = origin.admit(offset, length);
         disk.write_at(&vec![7; usize::try_from(length).unwrap()], offset)
             .unwrap();
     };
+    write(reserved.end(), 512);
+    assert_eq!(told_own.errors(), []);
+    assert_eq!((elsewhere.preserved(), own.preserved()), (4096, 4096));
     write(4096, 4 * 4096);
-    assert_eq!(store.preserved(), 0);
+    assert_eq!(told_own.errors().len(), 1, "its storage was overwritten");
+    super::image_content(&image_own).unwrap_err();
     // The units at the ends are in the range in part.
     write(0, 6 * 4096);
-    assert_eq!(store.preserved(), 2 * 4096);
+    assert_eq!(elsewhere.preserved(), 2 * 4096);
+    assert_eq!(told.errors(), []);
     let found = super::image_content(&image).unwrap();
     assert!(
         found[..4096]
@@ -173,4 +185,10 @@ fn what_is_excluded_is_not_preserved() {
             .chain(&found[5 * 4096..])
             .all(|byte| *byte == 0)
     );
+    // With the snapshot goes what it reserved.
+    origin.release(own.key);
+    let (later, _) = store(3, &storage, Promise::AgentCrash, None);
+    origin.pause().arm(Arc::clone(&later)).unwrap();
+    write(4096, 4096);
+    assert_eq!(later.preserved(), 4096);
 }

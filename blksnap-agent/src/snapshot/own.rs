@@ -1,0 +1,65 @@
+//! Own: difference storage that is on a snapshotted device itself.
+
+use crate::disk::BlockDevice;
+use crate::filter::served::Served;
+use crate::storage::StorageSpec;
+use crate::units::{Extent, SECTOR_BYTES};
+
+/// What these places have of a served block device, in bytes from its beginning. An image file has no sectors that
+/// difference storage could be given.
+pub(super) fn ranges_of(specs: &[StorageSpec], served: &Served) -> Vec<Extent> {
+    let Ok(origin) = BlockDevice::open(served.path()) else {
+        return Vec::new();
+    };
+    let mut own = Vec::new();
+    for spec in specs {
+        let StorageSpec::Device { path, ranges } = spec else {
+            continue;
+        };
+        // One that is gone can't be opened as storage either.
+        let Ok(device) = BlockDevice::open(path) else {
+            continue;
+        };
+        if device.disk_id == origin.disk_id {
+            let from = device.first_sector.count() * SECTOR_BYTES;
+            let start = origin.first_sector.count() * SECTOR_BYTES;
+            own.extend(
+                ranges
+                    .iter()
+                    .filter_map(|range| common(range, from, start, served.size())),
+            );
+        }
+    }
+    own
+}
+
+/// The part of a range of a device that begins at byte `from` of its disk that is on the origin, which begins at byte
+/// `start` and has `size` bytes.
+fn common(range: &Extent, from: u64, start: u64, size: u64) -> Option<Extent> {
+    let first = (from + range.offset).max(start);
+    let end = (from + range.end()).min(start + size);
+    (first < end).then(|| Extent {
+        offset: first - start,
+        length: end - first,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_those_of_the_origin() {
+        let extent = |offset, length| Extent { offset, length };
+        // Of the device itself, of its disk, of a partition within it, and of another partition.
+        assert_eq!(common(&extent(512, 1024), 0, 0, 4096), Some(extent(512, 1024)));
+        assert_eq!(
+            common(&extent(512, 1024), 1024, 1024, 4096),
+            Some(extent(512, 1024))
+        );
+        assert_eq!(common(&extent(0, 8192), 0, 1024, 4096), Some(extent(0, 4096)));
+        assert_eq!(common(&extent(0, 512), 2048, 1024, 4096), Some(extent(1024, 512)));
+        assert_eq!(common(&extent(0, 1024), 0, 1024, 4096), None);
+        assert_eq!(common(&extent(0, 1024), 5120, 1024, 4096), None);
+    }
+}
