@@ -1,5 +1,6 @@
 //! Developer and CI commands of blksnap: `cargo xtask COMMAND`.
 
+mod apt;
 mod fuzz;
 mod lint;
 mod packages;
@@ -8,6 +9,7 @@ mod rules;
 mod run;
 mod test;
 mod toolchain;
+mod vm;
 mod workspace;
 
 use std::ffi::OsString;
@@ -70,6 +72,8 @@ enum Command {
     },
     /// Run fuzz targets for some time each: all of them, or the ones named. `fuzz state_file --seconds 600`
     Fuzz(fuzz::Arguments),
+    /// Run a command as root in a guest with another kernel, and give its output and exit code
+    Vm(Box<vm::Arguments>),
     /// Check format, clippy, documentation and the project's own rules
     Lint,
     /// Format all code
@@ -80,7 +84,7 @@ enum Command {
 
 fn main() -> ExitCode {
     match execute(Arguments::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -88,7 +92,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn execute(command: Command) -> Result<()> {
+fn execute(command: Command) -> Result<ExitCode> {
     let profile = |release| {
         if release {
             Profile::Release
@@ -96,7 +100,7 @@ fn execute(command: Command) -> Result<()> {
             Profile::Development
         }
     };
-    match command {
+    let done = match command {
         Command::Setup { toolchain, rust_src } => {
             toolchain::set_up(rust_src)?;
             if toolchain { Ok(()) } else { packages::set_up() }
@@ -112,8 +116,10 @@ fn execute(command: Command) -> Result<()> {
         Command::Test { args } => test::run(&args),
         Command::Bench { args } => run::tool(Profile::Release, "blksnap-bench", &args),
         Command::Fuzz(arguments) => fuzz::run(&arguments),
+        Command::Vm(arguments) => return vm::run(&arguments),
         Command::Lint => lint::run(),
         Command::Fmt => process::run(workspace::cargo().args(["fmt", "--all"])),
         Command::Ci => process::run(&mut process::command(workspace::root().join(".ci/run"))),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
