@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use blksnap_tests::nbd::{Request, cmd};
-use blksnap_tests::{run, seed};
+use blksnap_tests::{LoopDevice, run, seed};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use serde_json::Value;
@@ -444,4 +445,69 @@ fn a_promise_of_nothing_ends_with_the_daemon() -> Result<()> {
         ensure!(left == 0, "{left} files are left");
     }
     Ok(())
+}
+
+/// Where a loop device is in the sysfs of the test: a disk that was there from the start of the system on.
+fn plug(sysfs: &Path, disk: &LoopDevice) -> Result<std::path::PathBuf> {
+    let place = Path::new("devices/pci0000:00/0000:00:05.0/virtio2/block").join(disk.name());
+    let directory = sysfs.join(&place);
+    std::fs::create_dir_all(directory.join("queue"))?;
+    for (name, value) in [
+        ("removable", "0"),
+        ("queue/iostats", "1"),
+        ("inflight", "0 0"),
+        ("diskseq", "7"),
+    ] {
+        std::fs::write(directory.join(name), value)?;
+    }
+    let number = std::fs::metadata(disk.path())?.rdev();
+    let number = format!(
+        "{}:{}",
+        nix::sys::stat::major(number),
+        nix::sys::stat::minor(number)
+    );
+    std::fs::create_dir_all(sysfs.join("dev/block"))?;
+    std::os::unix::fs::symlink(
+        Path::new("../..").join(&place),
+        sysfs.join("dev/block").join(number),
+    )?;
+    Ok(directory.join("stat"))
+}
+
+#[test]
+fn a_block_device_goes_on_if_its_disk_counted_no_write() -> Result<()> {
+    let seed = seed("a_block_device_goes_on_if_its_disk_counted_no_write");
+    let mut random = StdRng::seed_from_u64(seed);
+    // Dropped after the daemon, which has it open.
+    let disk = LoopDevice::new(4 * MIB)?;
+    let root = tempfile::tempdir()?;
+    let stat = plug(root.path(), &disk)?;
+    let counted = |sectors: u32| std::fs::write(&stat, format!("1 0 8 0 5 0 {sectors} 0 0 0 0 0 0 0 0 0 0"));
+    counted(80)?;
+    let sysfs = [OsStr::new("--sysfs"), root.path().as_os_str()];
+    let mut scene = Scene::with(&sysfs)?;
+    let node = disk.path();
+    scene.serve_path(node, &["--name=disk"])?;
+    let original = scene.content("disk")?;
+    let mut memory = original.clone();
+    let taken = scene.snapshot(&[node], &[])?;
+    scribble(&mut scene.client("disk")?, &mut memory, &mut random, 20)?;
+    let (before, _) = generation(&scene, "disk")?;
+    counted(880)?;
+    ensure!(scene.daemon.stop()? == 0);
+    scene.launch()?;
+    ensure!(scene.served("disk")?["unproven"].is_null());
+    ensure!(generation(&scene, "disk")?.0 == before);
+    same(&scene.image(&taken, "disk")?, &original, "the image")?;
+    same(&scene.content("disk")?, &memory, "the disk")?;
+    // Somebody writes while no daemon is there.
+    ensure!(scene.daemon.stop()? == 0);
+    counted(888)?;
+    scene.launch()?;
+    lost(&scene, &taken, "written while no agent served it")?;
+    // After a kill nobody knows what the last count of the daemon's own was.
+    let taken = scene.snapshot(&[node], &[])?;
+    scene.daemon.kill()?;
+    scene.launch()?;
+    lost(&scene, &taken, "nothing proves")
 }

@@ -326,7 +326,12 @@ fn storage_on_the_disk_itself_is_in_no_image_and_in_no_map() -> Result<()> {
         .run(["snapshot", "append", &taken.id, &range(20 * MIB, last)])?;
     let mut memory = original.clone();
     let below = size(first)?;
-    scribble(&mut scene.client("disk")?, &mut memory[..below / 2], &mut random, 300)?;
+    scribble(
+        &mut scene.client("disk")?,
+        &mut memory[..below / 2],
+        &mut random,
+        300,
+    )?;
     let outside = [0..below, size(last)?..original.len()];
     for snapshot in [&taken, &other] {
         let image = scene.image(snapshot, "disk")?;

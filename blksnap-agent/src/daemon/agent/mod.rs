@@ -58,6 +58,8 @@ pub struct Agent {
     state: PathBuf,
     /// The boot that this is; empty if the kernel does not say.
     boot: String,
+    /// `/sys`, or what a test has in its place.
+    sysfs: PathBuf,
     nbd_socket: PathBuf,
     exports: Arc<Exports>,
     nbd: NbdView,
@@ -86,6 +88,7 @@ impl Agent {
             served: ServedList::default(),
             state: config.seal.directory.clone(),
             boot,
+            sysfs: config.seal.roots.sysfs.clone(),
             tracker,
             recorded: Recorded::new(seals),
             parameters: config.parameters,

@@ -170,6 +170,7 @@ impl Agent {
             chunks,
             tracking_block,
             boot: self.boot.clone(),
+            sysfs: self.sysfs.clone(),
         };
         let place = Place {
             path: path.to_owned(),

@@ -1,10 +1,16 @@
 //! Continuity: whether what was known of a served disk still holds when an agent comes to it again.
 
-use std::fs::Metadata;
+use std::collections::BTreeMap;
+use std::fs::{self, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 
+use nix::sys::stat::{major, minor};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use crate::seal::counters;
+use crate::units::DeviceId;
 
 /// A served disk as `stat` and the kernel's counters tell of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,12 +28,48 @@ pub struct Facts {
     pub changed: u64,
     /// Whether it is a block device.
     pub block_device: bool,
+    /// What a block device counted; none for a file, and for a device that proves nothing by that.
+    pub counted: Option<Counted>,
+}
+
+/// What a block device and the disks that it stands on tell of writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Counted {
+    /// The disk's sequence number.
+    pub diskseq: Option<u64>,
+    /// Sectors that were written and discarded since the system started, by disk or partition.
+    pub changed: BTreeMap<String, (u64, u64)>,
+}
+
+/// Looks at what a block device counted. The caller has made it write back what was written to it.
+fn count(sysfs: &Path, number: u64) -> Option<Counted> {
+    let id = DeviceId {
+        major: u32::try_from(major(number)).ok()?,
+        minor: u32::try_from(minor(number)).ok()?,
+    };
+    let mut changed = BTreeMap::new();
+    for ground in counters::grounds(sysfs, id).ok()? {
+        let counters = ground
+            .counters()
+            .ok()
+            .filter(|counters| counters.in_flight == 0)?;
+        changed.insert(ground.name, (counters.sectors, counters.discarded));
+    }
+    let diskseq = sysfs.join("dev/block").join(id.to_string()).join("diskseq");
+    Some(Counted {
+        diskseq: fs::read_to_string(diskseq)
+            .ok()
+            .and_then(|text| text.trim().parse().ok()),
+        changed,
+    })
 }
 
 impl Facts {
-    /// The facts of a file of `size` bytes.
+    /// The facts of a file or device of `size` bytes. What was written to it is on the disk, and nobody writes to it
+    /// now.
     #[must_use]
-    pub fn of(metadata: &Metadata, size: u64) -> Self {
+    pub fn of(metadata: &Metadata, size: u64, sysfs: &Path) -> Self {
         let time = |seconds: i64, nanoseconds: i64| {
             u64::try_from(seconds)
                 .unwrap_or_default()
@@ -54,6 +96,7 @@ impl Facts {
                 time(metadata.ctime(), metadata.ctime_nsec())
             },
             block_device,
+            counted: block_device.then(|| count(sysfs, metadata.rdev())).flatten(),
         }
     }
 }
@@ -108,7 +151,7 @@ pub enum Unproven {
     #[error("it was written while no agent served it")]
     Written,
     /// A device does not say when it was written.
-    #[error("it is a block device, which does not say whether it was written while no agent served it")]
+    #[error("it is a block device, and nothing proves that it was not written while no agent served it")]
     BlockDevice,
     /// The system went down while it was served.
     #[error("the system went down while it was served")]
@@ -136,8 +179,15 @@ pub fn prove(left: &Left, now: &Facts, lease: Option<Leased>, boot: &str) -> Res
             now: now.size,
         });
     }
+    let same_boot = left.boot == boot && !boot.is_empty();
     if now.block_device {
-        return Err(Unproven::BlockDevice);
+        let before = left.stopped.as_ref().and_then(|stopped| stopped.counted.as_ref());
+        return match (before, &now.counted) {
+            (Some(before), Some(now)) if same_boot && before == now => Ok(Proof::Everything),
+            (Some(before), Some(now)) if same_boot && before.diskseq != now.diskseq => Err(Unproven::Other),
+            (Some(_), Some(_)) if same_boot => Err(Unproven::Written),
+            _ => Err(Unproven::BlockDevice),
+        };
     }
     if let Some(stopped) = &left.stopped {
         return if stopped == now {
@@ -146,7 +196,6 @@ pub fn prove(left: &Left, now: &Facts, lease: Option<Leased>, boot: &str) -> Res
             Err(Unproven::Written)
         };
     }
-    let same_boot = left.boot == boot && !boot.is_empty();
     match lease {
         None if same_boot => Err(Unproven::NoLease),
         Some(lease) if (same_boot || lease.durable) && now.modified > lease.until => Err(Unproven::Written),
@@ -169,6 +218,7 @@ mod tests {
             modified: 1000,
             changed: 1000,
             block_device: false,
+            counted: None,
         }
     }
 
@@ -223,13 +273,50 @@ mod tests {
         for changed in [now(|f| f.modified = 1001), now(|f| f.changed = 1001)] {
             assert_eq!(prove(&stopped, &changed, lease, "a"), Err(Unproven::Written));
         }
-        let device = Left {
-            opened: now(|f| f.block_device = true),
-            ..stopped
+    }
+
+    #[test]
+    fn a_block_device_proves_by_its_counters_alone() {
+        let device = |sectors: Option<u64>| Facts {
+            block_device: true,
+            inode: 0,
+            counted: sectors.map(|sectors| Counted {
+                diskseq: Some(7),
+                changed: BTreeMap::from([("sda".to_owned(), (sectors, 3))]),
+            }),
+            ..facts()
         };
+        let left = |stopped| Left {
+            session: Uuid::from_u128(1),
+            boot: "a".to_owned(),
+            opened: device(Some(1)),
+            stopped,
+        };
+        let stopped = left(Some(device(Some(100))));
+        let lease = Some(Leased {
+            until: u64::MAX,
+            durable: true,
+        });
         assert_eq!(
-            prove(&device, &now(|f| f.block_device = true), lease, "a"),
-            Err(Unproven::BlockDevice)
+            prove(&stopped, &device(Some(100)), None, "a"),
+            Ok(Proof::Everything)
         );
+        for (left, now, boot, why) in [
+            (&stopped, device(Some(101)), "a", Unproven::Written),
+            (&stopped, device(Some(100)), "b", Unproven::BlockDevice),
+            (&stopped, device(None), "a", Unproven::BlockDevice),
+            (
+                &left(Some(device(None))),
+                device(None),
+                "a",
+                Unproven::BlockDevice,
+            ),
+            (&left(None), device(Some(1)), "a", Unproven::BlockDevice),
+        ] {
+            assert_eq!(prove(left, &now, lease, boot), Err(why));
+        }
+        let mut other = device(Some(100));
+        other.counted.as_mut().unwrap().diskseq = Some(8);
+        assert_eq!(prove(&stopped, &other, lease, "a"), Err(Unproven::Other));
     }
 }

@@ -63,6 +63,8 @@ pub struct ServedOptions {
     pub tracking_block: BlockSize,
     /// The boot that this is; empty if the kernel does not say.
     pub boot: String,
+    /// `/sys`, or what a test has in its place.
+    pub sysfs: PathBuf,
 }
 
 /// Where a served disk is, and where its state is kept.
@@ -83,6 +85,7 @@ pub struct Served {
     changes: Changes,
     lease: Option<Lease>,
     boot: String,
+    sysfs: PathBuf,
     opened: Facts,
     /// This time that the disk is served.
     session: Uuid,
@@ -116,8 +119,10 @@ impl Served {
             path: path.clone(),
             size,
         })?;
+        // What somebody else wrote through the page cache counts now, or changes the file's times.
+        disk.flush().map_err(failed("flush it"))?;
         let metadata = fs::metadata(&path).map_err(failed("look at it"))?;
-        let now = Facts::of(&metadata, size);
+        let now = Facts::of(&metadata, size, &options.sysfs);
         let layout = options
             .chunks
             .layout(capacity, disk.logical_block(), disk.minimum_io());
@@ -153,6 +158,7 @@ impl Served {
             changes,
             lease,
             boot: options.boot.clone(),
+            sysfs: options.sysfs.clone(),
             opened: now,
             session: Uuid::new_v4(),
             session_before: session,
@@ -350,7 +356,7 @@ impl Served {
         }
         self.changes.save()?;
         let metadata = fs::metadata(&self.place.path).map_err(self.failed("look at it"))?;
-        self.write_left(Some(Facts::of(&metadata, self.size())))
+        self.write_left(Some(Facts::of(&metadata, self.size(), &self.sysfs)))
     }
 
     fn write_left(&self, stopped: Option<Facts>) -> Result<(), ServedError> {
