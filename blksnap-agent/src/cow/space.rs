@@ -287,6 +287,16 @@ impl Space {
         Ok(())
     }
 
+    /// Takes back `bytes` of a slot that were counted and not written. The slot itself stays given out.
+    pub fn retract(&mut self, slot: Slot, bytes: u64) {
+        let state = &mut self.regions[slot.region.index()];
+        if state.region.sparse {
+            let bytes = bytes.min(state.used);
+            state.used -= bytes;
+            self.used -= bytes;
+        }
+    }
+
     /// The event that is due after what was given out, if one is.
     pub fn event(&mut self) -> Option<SpaceEvent> {
         if self.minimum == 0 || self.requested.saturating_sub(self.used) > self.minimum / 2 {

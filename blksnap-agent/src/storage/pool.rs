@@ -240,6 +240,11 @@ impl Pool {
         self.give(bytes, Some(slot.region), |space| space.extend(slot, bytes))
     }
 
+    /// Takes back `bytes` of a slot that were counted and not written.
+    pub fn retract(&self, slot: Slot, bytes: u64) {
+        self.lock().space.retract(slot, bytes);
+    }
+
     fn give<T>(
         &self,
         bytes: u64,

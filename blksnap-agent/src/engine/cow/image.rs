@@ -235,7 +235,7 @@ impl Image {
                     let work = Work::new(job, &state);
                     drop(state);
                     self.origin
-                        .preserve_for_image(&self.store, work)
+                        .preserve_for_image(work)
                         .map_err(|unmet| ImageError::of_errno("keep old data", part.offset, unmet.errno))?;
                     state = self.origin.lock();
                 }
@@ -269,8 +269,25 @@ impl Image {
             .place(&self.store, job.chunk, fresh)
             .map_err(|_| ImageError::NoSpace)?
             .ok_or(ImageError::Gone)?;
+        let landed = self.land_fresh(part, fresh, slot, staged, content);
+        if landed.is_err() {
+            let bytes = self.origin.layout().bytes_of(job.chunk, fresh);
+            self.store.storage.retract(slot, bytes);
+        }
+        landed.map(|()| Some(slot))
+    }
+
+    /// Writes units that were not stored before to their place, and notes it.
+    fn land_fresh(
+        &self,
+        part: &ChunkRange,
+        fresh: UnitSet,
+        slot: Slot,
+        staged: Vec<Piece>,
+        content: Content<'_>,
+    ) -> Result<(), ImageError> {
         let disk = self.store.storage.disk(slot.region);
-        let start = self.origin.layout().start_of(job.chunk);
+        let start = self.origin.layout().start_of(part.chunk);
         let failed = || ImageError::io("write", part.offset);
         // Units in memory are stored as a whole, with what is written to them.
         for piece in staged {
@@ -280,8 +297,7 @@ impl Image {
                 .map_err(failed())?;
         }
         self.write_units(part, fresh, slot, content)?;
-        self.store.record(job.chunk, fresh, slot).map_err(failed())?;
-        Ok(Some(slot))
+        self.store.record(part.chunk, fresh, slot).map_err(failed())
     }
 
     /// Writes those bytes of a part that are in `units` to the chunk's place `slot`.

@@ -83,23 +83,19 @@ impl Origin {
 
     /// Carries out the job of a write to an image. If that fails the write does, and nothing is broken: the old data is
     /// still in the origin.
-    pub(super) fn preserve_for_image(&self, store: &Store, work: Work) -> Result<(), Unmet> {
-        let mut kept = self.keep(&work);
-        match kept.pop() {
-            Some(Err(unmet)) => {
-                self.lock().hold.settle_image(store.key, &work.job, None);
-                self.settled.notify_all();
-                Err(unmet)
-            }
-            Some(outcome) => {
-                drop(Settle {
-                    origin: self,
-                    work,
-                    outcomes: vec![outcome],
-                });
-                Ok(())
-            }
-            None => Ok(()),
+    pub(super) fn preserve_for_image(&self, work: Work) -> Result<(), Unmet> {
+        let mut guard = Settle {
+            origin: self,
+            outcomes: Vec::new(),
+            work,
+        };
+        let mut kept = self.keep(&guard.work);
+        let failed = kept.pop_if(|outcome| outcome.is_err());
+        kept.resize_with(guard.work.stores.len(), || Ok(Kept::Nowhere));
+        guard.outcomes = kept;
+        match failed {
+            Some(Err(unmet)) => Err(unmet),
+            _ => Ok(()),
         }
     }
 
@@ -115,6 +111,10 @@ impl Origin {
             .zip(&work.stores)
             .map(|(need, store)| self.target(store.as_ref(), job.chunk, need.units))
             .collect();
+        let placed: Vec<Option<Slot>> = targets
+            .iter()
+            .map(|target| target.as_ref().ok()?.as_ref().map(|target| target.slot))
+            .collect();
         let moves = self.moves(job, &targets);
         let outcome = self.mover.run(&**self.disk(), &moves);
         if let Some((offset, error)) = outcome.read {
@@ -126,18 +126,23 @@ impl Origin {
         for (need, disk, error) in outcome.written {
             targets[need] = Err(Unmet::new(&format!("write old data to {disk}"), &error));
         }
-        targets
-            .into_iter()
-            .zip(&job.needs)
-            .map(|(target, need)| {
-                let Some(Target { slot, store }) = target? else {
-                    return Ok(Kept::Nowhere);
-                };
-                record(&store, job.chunk, need.units, slot)?;
-                store.count(self.layout().bytes_of(job.chunk, need.units));
-                Ok(Kept::Slot(slot))
-            })
-            .collect()
+        let outcomes = targets.into_iter().zip(&job.needs).map(|(target, need)| {
+            let Some(Target { slot, store }) = target? else {
+                return Ok(Kept::Nowhere);
+            };
+            record(&store, job.chunk, need.units, slot)?;
+            store.count(self.layout().bytes_of(job.chunk, need.units));
+            Ok(Kept::Slot(slot))
+        });
+        let outcomes: Vec<_> = outcomes.collect();
+        for (number, outcome) in outcomes.iter().enumerate() {
+            // What was not kept takes no room: the write to an image that asked for it may be tried again.
+            if let (Err(_), Some(slot), Some(store)) = (outcome, placed[number], &work.stores[number]) {
+                let bytes = self.layout().bytes_of(job.chunk, job.needs[number].units);
+                store.storage.retract(slot, bytes);
+            }
+        }
+        outcomes
     }
 
     /// The pieces of a job, and where they go.

@@ -27,6 +27,9 @@ pub trait DiffStorage: fmt::Debug + Send + Sync {
     /// There is no room for them.
     fn extend(&self, slot: Slot, bytes: u64) -> Result<(), Overflow>;
 
+    /// Takes back `bytes` of a slot that were counted and not written.
+    fn retract(&self, slot: Slot, bytes: u64);
+
     /// The disk of a region: the slot's offsets are its.
     fn disk(&self, region: RegionId) -> Arc<dyn Disk>;
 
@@ -44,6 +47,10 @@ impl DiffStorage for Pool {
 
     fn extend(&self, slot: Slot, bytes: u64) -> Result<(), Overflow> {
         self.extend(slot, bytes)
+    }
+
+    fn retract(&self, slot: Slot, bytes: u64) {
+        self.retract(slot, bytes);
     }
 
     fn disk(&self, region: RegionId) -> Arc<dyn Disk> {

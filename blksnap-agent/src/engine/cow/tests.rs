@@ -59,6 +59,10 @@ impl DiffStorage for Plain {
         self.space.lock().unwrap().extend(slot, bytes)
     }
 
+    fn retract(&self, slot: Slot, bytes: u64) {
+        self.space.lock().unwrap().retract(slot, bytes);
+    }
+
     fn disk(&self, region: RegionId) -> Arc<dyn Disk> {
         Arc::clone(&self.disks[region.index()])
     }

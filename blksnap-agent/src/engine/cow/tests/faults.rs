@@ -368,3 +368,28 @@ fn a_chunk_goes_on_in_another_region() {
     expected[2 * 4096 + 512..][..data.len()].copy_from_slice(&data);
     assert!(image_content(&image).unwrap() == expected);
 }
+
+/// A write to an image that failed can be tried again for ever: it takes no room of others.
+#[test]
+fn a_write_to_an_image_that_fails_takes_no_room() {
+    let layout = layout();
+    let origin = Arc::new(Origin::new(disk("origin", layout.size()), layout));
+    // Old data that is not zeroes is kept by a write.
+    origin.disk().write_at(&[1; 16384], 0).unwrap();
+    let region = disk("region", 1 << 20);
+    let storage = Plain::new(&[(Arc::clone(&region) as _, true)]);
+    let used = || storage.space.lock().unwrap().used();
+    let (store, told) = store(1, &storage, Promise::AgentCrash, None);
+    let image = origin.pause().arm(store).unwrap();
+    for (offset, length) in [(0, 4096), (4096 + 512, 512)] {
+        let before = used();
+        for _ in 0..3 {
+            region.fail(Operation::Write, 0, Errno::EIO);
+            image.write_at(&vec![7; length], offset).unwrap_err();
+            assert_eq!(used(), before);
+        }
+        image.write_at(&vec![7; length], offset).unwrap();
+        assert_eq!(used(), before + 4096);
+    }
+    assert_eq!(told.errors(), []);
+}
