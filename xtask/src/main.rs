@@ -58,12 +58,8 @@ enum Command {
         #[arg(last = true)]
         args: Vec<OsString>,
     },
-    /// Run every test (root: they make loop devices and load eBPF programs)
-    Test {
-        /// Arguments of `cargo test`, such as `-p blksnap-tests NAME`; all tests without
-        #[arg(last = true)]
-        args: Vec<OsString>,
-    },
+    /// Run every test (root: they make loop devices and load eBPF programs), or with --vm those of the lab, in guests
+    Test(test::Arguments),
     /// Measure the agent on devices made for it (root): `track`, of it `storm` and `idle`, `converge`, and `nbd`; everything without a NAME
     Bench {
         /// Arguments of the benchmark: `[NAME]... [--output json]`
@@ -113,7 +109,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Run { release, args } if args.is_empty() => run::tool(profile(release), "blksnap-demo", &[]),
         Command::Run { release, args } => run::agent(profile(release), &args),
-        Command::Test { args } => test::run(&args),
+        Command::Test(arguments) => test::run(&arguments),
         Command::Bench { args } => run::tool(Profile::Release, "blksnap-bench", &args),
         Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Vm(arguments) => return vm::run(&arguments),

@@ -78,6 +78,15 @@ pub(crate) fn executable_of(command: &mut Command, name: &str) -> Result<PathBuf
     executable(&messages, name).with_context(|| format!("cargo built no executable {name}"))
 }
 
+/// The same for several executables.
+pub(crate) fn executables_of(command: &mut Command, names: &[String]) -> Result<Vec<PathBuf>> {
+    let messages = messages_of(command)?;
+    names
+        .iter()
+        .map(|name| executable(&messages, name).with_context(|| format!("cargo built no executable {name}")))
+        .collect()
+}
+
 fn messages_of(command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())

@@ -1,13 +1,16 @@
 //! Vm: runs a command in a guest with another kernel.
 //!
-//! [`kernels`] finds and fetches kernels, [`initramfs`] makes what the guest starts with, [`machine`] runs it.
+//! [`kernels`] finds and fetches kernels, [`initramfs`] makes what the guest starts with, [`machine`] runs it, and
+//! [`matrix`] does so with test binaries on several kernels.
 
 mod debian;
 mod elf;
 mod fei;
 mod initramfs;
-pub(crate) mod kernels;
-pub(crate) mod machine;
+mod kernels;
+mod machine;
+pub(crate) mod matrix;
+pub(crate) mod results;
 
 use std::env;
 use std::io;
