@@ -11,10 +11,18 @@ use blksnap_common::track::{
 /// A bitmap: as many words as the device needs, mapped by the agent.
 pub(crate) type Bitmap = Array<u64, 1, { (BPF_F_INNER_MAP | BPF_F_MMAPABLE) as usize }>;
 
+/// [`DiskSlots`] as plain words. Up to Linux 6.2 an inner map made without type information is refused where the
+/// template's value is a struct: `bpf_map_meta_equal` compares where a timer in the value is, and that is another error
+/// for a struct without one than for a value of which nothing is known (kernel/bpf/map_in_map.c, `timer_off`).
+type DiskWords = [u64; size_of::<DiskSlots>() / 8];
+
+const _: () = assert!(size_of::<DiskWords>() == size_of::<DiskSlots>());
+const _: () = assert!(align_of::<DiskWords>() >= align_of::<DiskSlots>());
+
 /// The disk table. A map in a map, since replacing an element of one waits for running programs: none sees half
 /// a change.
 #[btf_map]
-static DISKS: ArrayOfMaps<Array<DiskSlots, 1>, { DISK_TABLE as usize }> = ArrayOfMaps::new();
+static DISKS: ArrayOfMaps<Array<DiskWords, 1>, { DISK_TABLE as usize }> = ArrayOfMaps::new();
 
 /// The slots of `disk`, if it has any. The entry is looked up once more when it is found, so that the verifier
 /// has one path from here on and not one for each probe.
@@ -35,7 +43,10 @@ pub(crate) fn slots_of(disk: u32) -> Option<&'static DiskSlots> {
 /// Entry `number` of the disk table, if it was ever used.
 #[inline(always)]
 pub(crate) fn entry(number: u32) -> Option<&'static DiskSlots> {
-    DISKS.get_value(number & (DISK_TABLE - 1), &0)
+    let words = DISKS.get_value(number & (DISK_TABLE - 1), &0)?;
+    // SAFETY: the value is a `DiskSlots`, which has the size of the words and no stricter alignment (asserted above),
+    // no padding, and no bytes that it may not have.
+    Some(unsafe { &*core::ptr::from_ref(words).cast::<DiskSlots>() })
 }
 
 /// The bitmap of each slot's open period.
