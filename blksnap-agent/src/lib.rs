@@ -21,6 +21,7 @@
 //! | [`snapshot`] | snapshots over several devices, one instant |
 //! | [`backup`] | raw image files, full and incremental |
 //! | [`nbd`] | NBD: protocol core and server |
+//! | [`ublk`] | served devices as block devices of this machine (feature `ublk`) |
 //! | [`control`] | HTTP/JSON interface on a unix socket, server and client |
 //! | [`telemetry`] | logging and metrics |
 //! | [`daemon`] | the long-running process |
@@ -46,4 +47,5 @@ pub mod sync;
 pub mod sys;
 pub mod telemetry;
 pub mod tracker;
+pub mod ublk;
 pub mod units;

@@ -17,6 +17,7 @@ pub(super) async fn serve(context: &Context, options: &Serve) -> Result<()> {
         name: options.name.clone(),
         block_size: options.block_size,
         chunk_size: options.chunk_size,
+        ublk: options.ublk,
     };
     let served: ServedDevice = context.client.post("/v1/served", &request).await?;
     context.print(&served, told)
@@ -25,6 +26,10 @@ pub(super) async fn serve(context: &Context, options: &Serve) -> Result<()> {
 /// What one wants to know of a device that was just served.
 fn told(served: &ServedDevice) -> String {
     let mut text = format!("{}\n", served.uri);
+    if let Some(node) = &served.node {
+        // Writing to a string can't fail.
+        let _ = writeln!(text, "{node}");
+    }
     if let Some(why) = &served.unproven {
         // Writing to a string can't fail.
         let _ = writeln!(text, "the change map begins anew: {why}");
@@ -49,6 +54,7 @@ fn table(served: &ServedDevices) -> String {
         ("KEPT", Align::Right),
         ("HELD WRITES", Align::Right),
         ("LONGEST", Align::Right),
+        ("BLOCK DEVICE", Align::Left),
         ("ORIGIN", Align::Left),
     ]);
     for device in &served.served {
@@ -60,6 +66,7 @@ fn table(served: &ServedDevices) -> String {
             human(device.preserved_bytes),
             device.held_writes.to_string(),
             duration(device.longest_hold_seconds),
+            device.node.clone().unwrap_or_else(|| "-".to_owned()),
             device.path.clone(),
         ]);
     }

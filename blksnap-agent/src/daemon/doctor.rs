@@ -9,6 +9,7 @@ use std::io;
 use std::path::Path;
 
 use crate::control::api::{Check, CheckState, DoctorReport};
+use crate::ublk::{self, UblkError};
 
 /// Bits of `CapEff` in `/proc/self/status`, from `include/uapi/linux/capability.h`.
 const CAPABILITIES: [(u32, &str); 3] = [(21, "CAP_SYS_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
@@ -44,6 +45,7 @@ pub fn examine(btf: &Path, load: &dyn Fn() -> Result<(), String>) -> DoctorRepor
             .as_deref()),
         programs(load()),
         io_uring(io_uring::IoUring::new(2).map(drop)),
+        block_devices(ublk::available()),
         preemption(
             fs::read_to_string("/sys/kernel/debug/sched/preempt")
                 .ok()
@@ -227,6 +229,17 @@ fn io_uring(made: io::Result<()>) -> Check {
     }
 }
 
+/// Served devices as block devices of this machine; all else works without.
+fn block_devices(available: Result<(), UblkError>) -> Check {
+    let (state, error) = match available {
+        Ok(()) => return check("ublk", CheckState::Ok, "served devices can be block devices", ""),
+        Err(error @ UblkError::NotBuilt) => (CheckState::Ok, error.to_string()),
+        Err(error) => (CheckState::Warning, error.to_string()),
+    };
+    let (found, remedy) = error.split_once("; ").unwrap_or((&error, ""));
+    check("ublk", state, format!("not in use: {found}"), remedy)
+}
+
 /// The filter `gate` needs to know it; tracking and `converge` work with each.
 fn preemption(dynamic: Option<&str>, version: &str) -> Check {
     let chosen = dynamic
@@ -292,6 +305,8 @@ mod tests {
             jit(Some("1\n")),
             programs(Ok(())),
             io_uring(Ok(())),
+            block_devices(Ok(())),
+            block_devices(Err(UblkError::NotBuilt)),
         ];
         for check in good {
             assert_eq!(check.state, CheckState::Ok, "{check:?}");
@@ -305,6 +320,15 @@ mod tests {
             preemption(None, "Linux version 6.12 SMP PREEMPT_DYNAMIC Debian").found,
             "preempt_dynamic"
         );
+    }
+
+    #[test]
+    fn a_driver_that_is_missing_is_a_warning_with_a_remedy() {
+        for error in [UblkError::NoDriver, UblkError::Lacks("user copy")] {
+            let check = block_devices(Err(error));
+            assert_eq!(check.state, CheckState::Warning, "{check:?}");
+            assert!(!check.remedy.is_empty(), "{check:?}");
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::snapshot::SnapshotError;
 use crate::statefile::StateFileError;
 use crate::storage::StorageError;
 use crate::tracker::TrackerError;
+use crate::ublk::UblkError;
 
 /// An error of a module, about `action` on something.
 pub(super) trait Tell {
@@ -182,6 +183,17 @@ impl Tell for BackupError {
             Self::Tracker(error) => error.code(),
             Self::Image { source, .. } => of_io(source),
             Self::ImageLength { .. } => Code::Corrupted,
+        }
+    }
+}
+
+impl Tell for UblkError {
+    fn code(&self) -> Code {
+        match self {
+            Self::NotBuilt | Self::LogicalBlock(_) | Self::Size { .. } => Code::Unsupported,
+            Self::NoDriver | Self::Lacks(_) => Code::System,
+            Self::Busy { .. } => Code::Busy,
+            Self::Driver { .. } | Self::Io { .. } => Code::Io,
         }
     }
 }

@@ -7,6 +7,8 @@ pub mod fiemap;
 pub mod inherit;
 pub mod ioctl;
 pub mod mman;
+#[cfg(feature = "ublk")]
+pub mod ublk;
 pub mod uring;
 
 pub use buffer::AlignedBuffer;

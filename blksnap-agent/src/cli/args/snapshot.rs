@@ -35,6 +35,10 @@ pub struct Serve {
     /// Smallest size of a chunk of difference storage [default: 256K]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub chunk_size: Option<u64>,
+
+    /// Make it a block device of this machine, too: /dev/ublkbN. The agent must be built with the feature ublk
+    #[arg(long)]
+    pub ublk: bool,
 }
 
 /// `unserve`

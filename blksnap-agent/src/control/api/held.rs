@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::CbtInfo;
 use crate::storage::DeviceExtent;
 
-/// Serve a disk read-write over NBD.
+/// Serve a disk read-write over NBD, and as a block device if asked.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Serve {
@@ -20,6 +20,9 @@ pub struct Serve {
     /// Smallest bytes of a chunk, a power of two; 256 KiB when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chunk_size: Option<u64>,
+    /// Make it a block device of this machine, too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ublk: bool,
 }
 
 /// All served devices.
@@ -38,6 +41,9 @@ pub struct ServedDevice {
     pub path: String,
     /// Where NBD clients find it.
     pub uri: String,
+    /// The block device that it is, too, such as `/dev/ublkb0`.
+    #[serde(default)]
+    pub node: Option<String>,
     /// Bytes.
     pub size: u64,
     /// Bytes of a chunk.

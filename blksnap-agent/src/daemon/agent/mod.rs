@@ -13,6 +13,7 @@ mod plan;
 mod seals;
 mod served;
 mod snapshots;
+mod ublk;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use self::metrics::Takes;
 use self::nbd::NbdView;
 use self::seals::Recorded;
 use self::served::ServedList;
+use self::ublk::UblkList;
 use super::doctor;
 use super::errors::Tell as _;
 use super::lifecycle::Config;
@@ -53,6 +55,7 @@ pub struct Agent {
     hold_options: HoldOptions,
     chunks: ChunkParams,
     served: ServedList,
+    ublk: UblkList,
     storage: PathBuf,
     /// The state directory.
     state: PathBuf,
@@ -86,6 +89,7 @@ impl Agent {
             hold_options: config.holding.clone(),
             chunks: config.chunks,
             served: ServedList::default(),
+            ublk: UblkList::default(),
             state: config.seal.directory.clone(),
             boot,
             sysfs: config.seal.roots.sysfs.clone(),

@@ -20,6 +20,7 @@ use crate::disk::{Disk as _, DiskError, FileDisk};
 use crate::filter::served::{Place, Served, ServedOptions};
 use crate::nbd::cow::ServedExport;
 use crate::statefile::{self, Format};
+use crate::ublk;
 use crate::units::{BlockSize, Sectors};
 
 const FORMAT: Format = Format {
@@ -116,6 +117,9 @@ impl Agent {
             name: Some(name.clone()),
             ..request.clone()
         };
+        if request.ublk {
+            ublk::available().map_err(|error| error.tell(&action))?;
+        }
         let served = self.open_served(&resolved, &name, &path, &action, Duration::ZERO)?;
         begin(&served, &action)?;
         let directory = self.served_directory(&name);
@@ -125,6 +129,16 @@ impl Agent {
         self.exports
             .add(Arc::new(ServedExport::new(Arc::clone(&served))))
             .map_err(|error| ApiError::of(Code::Already, &action, &error))?;
+        if request.ublk
+            && let Err(error) = self.open_ublk(&served, &action)
+        {
+            self.exports.remove(&name);
+            served.close();
+            if let Err(error) = fs::remove_dir_all(&directory) {
+                tracing::warn!(%error, directory = %directory.display(), "what was written down in vain stays");
+            }
+            return Err(error);
+        }
         list.insert(name, Arc::clone(&served));
         drop(list);
         tracing::info!(device = %path.display(), name = served.name(), "served");
@@ -198,6 +212,7 @@ impl Agent {
                 "destroy them, `blksnap-agent snapshot list` shows them",
             ));
         }
+        self.remove_ublk(name, &action)?;
         self.exports.remove(name);
         list.remove(name);
         drop(list);
@@ -231,7 +246,7 @@ impl Agent {
             match self.open_served(&request, &name, Path::new(&request.path), &action, ENDING) {
                 Ok(served) => {
                     self.served.lock().insert(name, Arc::clone(&served));
-                    opened.push(served);
+                    opened.push((served, request.ublk));
                 }
                 Err(error) => tracing::error!(%error, "a device that was served is not served any more"),
             }
@@ -253,7 +268,7 @@ impl Agent {
             }
         }
         // What was not resumed by now never will be: before the first write.
-        opened.retain(|served| {
+        opened.retain(|(served, _)| {
             let begun = begin(served, &format!("serve {}", served.path().display()));
             if let Err(error) = &begun {
                 self.served.lock().remove(served.name());
@@ -266,10 +281,14 @@ impl Agent {
                 tracing::error!(snapshot = %info.id, %error, "an image can't be exported");
             }
         }
-        for served in opened {
+        for (served, ublk) in opened {
             tracing::info!(device = %served.path().display(), name = served.name(), "served again");
-            if let Err(error) = self.exports.add(Arc::new(ServedExport::new(served))) {
+            if let Err(error) = self.exports.add(Arc::new(ServedExport::new(Arc::clone(&served)))) {
                 tracing::error!(%error, "a served device can't be exported");
+            }
+            let action = format!("serve {} as a block device", served.path().display());
+            if ublk && let Err(error) = self.open_ublk(&served, &action) {
+                tracing::error!(%error, "a block device that was served is not served any more");
             }
         }
     }
@@ -288,7 +307,7 @@ impl Agent {
         }
     }
 
-    fn served_directory(&self, name: &str) -> PathBuf {
+    pub(super) fn served_directory(&self, name: &str) -> PathBuf {
         self.state.join("served").join(name)
     }
 
@@ -304,6 +323,7 @@ impl Agent {
                 encode(served.name()),
                 encode(&self.nbd_socket.to_string_lossy())
             ),
+            node: self.ublk.node(served.name()),
             size: served.size(),
             chunk_size: layout.chunk_bytes(),
             unit_size: layout.unit_bytes(),

@@ -263,6 +263,7 @@ impl Agent {
 
     /// Releases everything, after the last request has ended. Held snapshots are left for the next daemon.
     pub(in crate::daemon) fn end(&self) {
+        self.end_ublk();
         self.close_served();
         self.snapshots.leave_all();
         self.stop_served();
