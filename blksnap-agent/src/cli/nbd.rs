@@ -27,8 +27,8 @@ use crate::nbd::kernel::sysfs::{Known, Sysfs};
 use crate::nbd::kernel::{self, MAX_CONNECTIONS, Request};
 use crate::units::DeviceId;
 
-/// Longest wait for the kernel to let a device go.
-const LETTING_GO: Duration = Duration::from_secs(30);
+/// Longest wait for those who have a device open, but no file system on it, to see that it ended and close it.
+const LETTING_GO: Duration = Duration::from_secs(5);
 
 /// `nbd`
 #[derive(Debug, Subcommand)]
@@ -117,6 +117,8 @@ struct Device {
     connections: u32,
     timeout_seconds: u64,
     dead_timeout_seconds: u64,
+    /// It was ended, and stays until nobody has it open.
+    ended: bool,
     links: Vec<PathBuf>,
 }
 
@@ -188,8 +190,10 @@ pub(super) async fn run(context: &Context, socket: &Path, command: Nbd) -> Resul
             context.print(&status, status_text)
         }
         Nbd::List => {
-            family()?;
-            let devices = ours(&Sysfs::default()).map(describe).collect();
+            let mut nbd = family()?;
+            let devices = ours(&Sysfs::default())
+                .map(|known| describe(&mut nbd, known))
+                .collect::<Result<_>>()?;
             context.print(&Devices { devices }, list)
         }
     }
@@ -211,14 +215,14 @@ async fn origin(context: &Context, export: &str, own_server: bool) -> Option<Blo
 }
 
 fn connect(context: &Context, request: &Request, origin: Option<DeviceId>, with_links: bool) -> Result<()> {
-    if let Some(known) = Sysfs::default().of_export(&request.export) {
+    let mut nbd = family()?;
+    if let Some(known) = of_export(&mut nbd, &request.export)? {
         bail!(
             "connect \"{}\": it is {} already",
             request.export,
             path(known.index).display()
         );
     }
-    let mut nbd = family()?;
     let made = kernel::connect(&mut nbd, request)?;
     let links = if with_links {
         Links::default()
@@ -236,6 +240,7 @@ fn connect(context: &Context, request: &Request, origin: Option<DeviceId>, with_
         connections: made.backend.connections,
         timeout_seconds: made.backend.timeout.as_secs(),
         dead_timeout_seconds: made.backend.dead_timeout.as_secs(),
+        ended: false,
         links,
     };
     print(context.output, &device, |device| {
@@ -251,65 +256,90 @@ fn ours(sysfs: &Sysfs) -> impl Iterator<Item = Known> {
         .filter(|known| known.backend.is_some())
 }
 
+/// The device of ours that shows this export of any server, and was not ended.
+fn of_export(nbd: &mut NbdFamily, export: &str) -> Result<Option<Known>> {
+    for known in Sysfs::default().of_export(export) {
+        if !kernel::has_ended(nbd, &known)? {
+            return Ok(Some(known));
+        }
+    }
+    Ok(None)
+}
+
 /// The device of ours with this path or this export.
-fn find(name: &str) -> Result<Known> {
-    let sysfs = Sysfs::default();
+fn find(nbd: &mut NbdFamily, name: &str) -> Result<Known> {
     let known = match parse_index(name) {
-        Ok(index) => sysfs.device(index).filter(|known| known.backend.is_some()),
-        Err(_) => sysfs.of_export(name),
+        Ok(index) => Sysfs::default()
+            .device(index)
+            .filter(|known| known.backend.is_some()),
+        Err(_) => of_export(nbd, name)?,
     };
     known.ok_or_else(|| anyhow!("{name} is no device made by `nbd connect`: see `blksnap-agent nbd list`"))
 }
 
+/// A device was ended.
+#[derive(Debug, Serialize)]
+struct Ended {
+    disconnected: PathBuf,
+    /// Somebody still has it open: its number is free when that ends.
+    open: bool,
+}
+
 fn disconnect(context: &Context, nbd: &mut NbdFamily, name: &str, force: bool) -> Result<()> {
-    let known = find(name)?;
+    let known = find(nbd, name)?;
     let device = path(known.index);
-    if !force {
-        let flags = OFlag::O_RDONLY | OFlag::O_EXCL | OFlag::O_CLOEXEC;
-        match open(&device, flags, Mode::empty()) {
-            Ok(_) => {}
-            Err(Errno::EBUSY) => {
-                bail!(
-                    "disconnect {}: it is mounted or otherwise in use: unmount it first, or use --force",
-                    device.display()
-                )
-            }
-            // A device whose connections are dead can't be opened, but it can be ended.
-            Err(_) => {}
-        }
+    let flags = OFlag::O_RDONLY | OFlag::O_EXCL | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    // A device whose connections are dead can't be opened, but it can be ended.
+    let in_use = !force && matches!(open(&device, flags, Mode::empty()), Err(Errno::EBUSY));
+    if in_use {
+        bail!(
+            "disconnect {}: it is mounted or otherwise in use: unmount it first, or use --force",
+            device.display()
+        )
     }
     nbd.disconnect(known.index)?;
-    let started = Instant::now();
-    while Sysfs::default()
-        .device(known.index)
-        .is_some_and(|now| now.connected)
-    {
-        if started.elapsed() > LETTING_GO {
-            bail!(
-                "disconnect {}: the kernel still has it after {} s: somebody has it open",
-                device.display(),
-                LETTING_GO.as_secs()
-            );
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
     Links::default()
         .remove(&node(known.index))
         .with_context(|| format!("remove the links of {}", device.display()))?;
-    print(
-        context.output,
-        &serde_json::json!({"disconnected": device}),
-        |_| format!("{}: disconnected", device.display()),
-    )
+    let started = Instant::now();
+    let is_there = || {
+        Sysfs::default()
+            .device(known.index)
+            .is_some_and(|now| now.connected)
+    };
+    while is_there() && started.elapsed() < LETTING_GO {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let ended = Ended {
+        disconnected: device,
+        open: is_there(),
+    };
+    print(context.output, &ended, |ended| {
+        let device = ended.disconnected.display();
+        if ended.open {
+            format!("{device}: disconnected; somebody still has it open, and gets errors from it")
+        } else {
+            format!("{device}: disconnected")
+        }
+    })
 }
 
 fn reconnect(context: &Context, names: &[String]) -> Result<()> {
     let mut nbd = family()?;
     let sysfs = Sysfs::default();
     let wanted: Vec<Known> = if names.is_empty() {
-        ours(&sysfs).collect()
+        let mut wanted = Vec::new();
+        for known in ours(&sysfs) {
+            if !kernel::has_ended(&mut nbd, &known)? {
+                wanted.push(known);
+            }
+        }
+        wanted
     } else {
-        names.iter().map(|name| find(name)).collect::<Result<_>>()?
+        names
+            .iter()
+            .map(|name| find(&mut nbd, name))
+            .collect::<Result<_>>()?
     };
     for known in wanted {
         kernel::reconnect(&mut nbd, &sysfs, known.index)?;
@@ -323,11 +353,12 @@ fn reconnect(context: &Context, names: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn describe(known: Known) -> Device {
+fn describe(nbd: &mut NbdFamily, known: Known) -> Result<Device> {
+    let ended = kernel::has_ended(nbd, &known)?;
     let backend = known.backend;
     let text = |get: fn(&kernel::backend::Backend) -> String| backend.as_ref().map(get).unwrap_or_default();
     let number = |get: fn(&kernel::backend::Backend) -> u64| backend.as_ref().map(get).unwrap_or_default();
-    Device {
+    Ok(Device {
         device: path(known.index),
         export: text(|backend| backend.export.clone()),
         server: text(|backend| backend.server.to_string()),
@@ -336,8 +367,9 @@ fn describe(known: Known) -> Device {
         connections: backend.as_ref().map_or(0, |backend| backend.connections),
         timeout_seconds: number(|backend| backend.timeout.as_secs()),
         dead_timeout_seconds: number(|backend| backend.dead_timeout.as_secs()),
+        ended,
         links: Links::default().of(&node(known.index)).unwrap_or_default(),
-    }
+    })
 }
 
 fn status_text(status: &NbdStatus) -> String {
@@ -433,7 +465,12 @@ fn list(devices: &Devices) -> String {
         table.row([
             device.device.display().to_string(),
             human(device.size),
-            if device.read_only { "ro" } else { "rw" }.to_owned(),
+            match (device.ended, device.read_only) {
+                (true, _) => "ended",
+                (false, true) => "ro",
+                (false, false) => "rw",
+            }
+            .to_owned(),
             device.connections.to_string(),
             device.export.clone(),
             device.server.clone(),

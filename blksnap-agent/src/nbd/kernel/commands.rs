@@ -15,6 +15,9 @@ const FAMILY: &CStr = c"nbd";
 #[doc(alias = "NBD_GENL_VERSION")]
 const VERSION: u8 = 1;
 
+/// What is tried when a device is made.
+const CONNECT: &str = "connect an nbd device";
+
 /// Commands.
 mod command {
     #[doc(alias = "NBD_CMD_CONNECT")]
@@ -180,7 +183,7 @@ impl NbdFamily {
             NetlinkError::Refused(errno) => KernelError::Refused {
                 action,
                 errno,
-                remedy: remedy(errno),
+                remedy: remedy(action, errno),
             },
             source => KernelError::Netlink { action, source },
         })
@@ -203,12 +206,12 @@ impl NbdFamily {
         put_link(&mut request, &device.link)?;
         put_sockets(&mut request, sockets);
         let mut made = None;
-        self.exchange(request, "connect an nbd device", |attributes| {
+        self.exchange(request, CONNECT, |attributes| {
             made = Some(attributes.find(attribute::INDEX)?.u32()?);
             Ok(())
         })?;
         made.or(device.index).ok_or(KernelError::Netlink {
-            action: "connect an nbd device",
+            action: CONNECT,
             source: NetlinkError::Unexpected,
         })
     }
@@ -230,7 +233,25 @@ impl NbdFamily {
         self.exchange(request, "reconnect an nbd device", |_| Ok(()))
     }
 
-    /// Ends a device: what is in flight is finished, the connections are closed.
+    /// Whether a device still has a use for connections. One that was ended while somebody has it open is shown as
+    /// connected until the last one closes it, but never gets another connection.
+    ///
+    /// # Errors
+    /// The kernel does not answer.
+    pub fn takes_connections(&mut self, index: u32, link: &Link<'_>) -> Result<bool, KernelError> {
+        // A reconnection without sockets changes nothing, and is refused where one with sockets would be.
+        match self.reconnect(index, link, &[]) {
+            Ok(()) => Ok(true),
+            Err(KernelError::Refused {
+                errno: Errno::EINVAL | Errno::ENOENT | Errno::ENODEV,
+                ..
+            }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Ends a device: what is in flight is finished, the connections are closed. Requests that come after it fail at
+    /// once. Its number is free when nobody has it open any more.
     ///
     /// # Errors
     /// There is no such device.
@@ -288,8 +309,11 @@ fn put_sockets(request: &mut Builder, sockets: &[BorrowedFd<'_>]) {
 }
 
 /// What may help, by what the kernel answers.
-const fn remedy(errno: Errno) -> &'static str {
+fn remedy(action: &str, errno: Errno) -> &'static str {
     match errno {
+        Errno::EINVAL | Errno::ENOMEM if action == CONNECT => {
+            "the kernel can't have this device: choose another --device, or none, and see the kernel's log"
+        }
         Errno::EPERM | Errno::EACCES => "run as root",
         Errno::EBUSY => "it is in use: choose another --device, or none",
         Errno::ENOENT | Errno::ENODEV => "there is no such device: see `blksnap-agent nbd list`",
@@ -381,6 +405,8 @@ mod tests {
             error.to_string(),
             "connect an nbd device: EBUSY: Device or resource busy; it is in use: choose another --device, or none"
         );
+        let error = nbd.connect(&device(Some(70_000)), &[file.as_fd()]).unwrap_err();
+        assert!(error.to_string().contains("choose another --device"), "{error}");
         let error = nbd.disconnect(9).unwrap_err();
         assert!(error.to_string().contains("nbd list"), "{error}");
         let wrong = Device {
@@ -391,6 +417,24 @@ mod tests {
             nbd.connect(&wrong, &[file.as_fd()]),
             Err(KernelError::Backend)
         ));
+    }
+
+    #[test]
+    fn a_device_that_was_ended_wants_no_connections() {
+        let kernel = FakeKernel::default();
+        let mut nbd = NbdFamily::open(Box::new(kernel.clone())).unwrap();
+        let file = File::open("/dev/null").unwrap();
+        nbd.connect(&device(Some(1)), &[file.as_fd()]).unwrap();
+        let before = kernel.device(1);
+        assert!(nbd.takes_connections(1, &link("blksnap")).unwrap());
+        kernel.kill_links(1);
+        assert!(nbd.takes_connections(1, &link("blksnap")).unwrap());
+        assert_eq!(
+            kernel.device(1).map(|device| device.sockets),
+            before.map(|device| device.sockets)
+        );
+        nbd.disconnect(1).unwrap();
+        assert!(!nbd.takes_connections(1, &link("blksnap")).unwrap());
     }
 
     #[test]

@@ -102,6 +102,10 @@ impl State {
                 let free =
                     (0..).find(|index| !self.devices.get(index).is_some_and(|device| device.connected));
                 let index = index.or(free).unwrap();
+                // 16 minor numbers for each, of 20 bits.
+                if index > 0xffff {
+                    return Err(Errno::EINVAL);
+                }
                 if self.devices.get(&index).is_some_and(|device| device.connected) {
                     return Err(Errno::EBUSY);
                 }

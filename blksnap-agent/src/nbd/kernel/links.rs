@@ -61,6 +61,7 @@ impl Links {
             fs::rename(&temporary, &path)?;
             made.push(path);
         }
+        made.sort();
         Ok(made)
     }
 
@@ -168,8 +169,8 @@ mod tests {
         assert_eq!(
             made,
             [
-                root.join("disk/by-blksnap/id/sdb1"),
-                root.join("blksnap-image_8:17")
+                root.join("blksnap-image_8:17"),
+                root.join("disk/by-blksnap/id/sdb1")
             ]
         );
         for path in &made {
@@ -178,8 +179,8 @@ mod tests {
         }
         // Another snapshot of the same device takes the image's name over.
         links.make("nbd1", "other/sdb1", Some(id("8:17"))).unwrap();
-        assert_eq!(fs::read_to_string(&made[1]).unwrap(), "one");
-        assert_eq!(links.of("nbd0").unwrap(), made[..1]);
+        assert_eq!(fs::read_to_string(&made[0]).unwrap(), "one");
+        assert_eq!(links.of("nbd0").unwrap(), made[1..]);
         links.remove("nbd0").unwrap();
         assert!(!root.join("disk/by-blksnap/id").exists());
         assert!(root.join("disk/by-blksnap/other/sdb1").exists());

@@ -35,7 +35,7 @@ use std::time::Duration;
 use self::backend::Backend;
 use self::commands::{Device, KernelError, Link, NbdFamily};
 use self::genetlink::KernelSocket;
-use self::sysfs::Sysfs;
+use self::sysfs::{Known, Sysfs};
 use super::address::Address;
 use super::client::{ClientError, Connection};
 use super::proto::wire::TransmissionFlags;
@@ -199,17 +199,14 @@ pub fn connect(nbd: &mut NbdFamily, request: &Request) -> Result<Connected, Devi
     let mut all = more(&first, &backend, connections - 1)?;
     all.insert(0, first);
     let sockets: Vec<_> = all.iter().map(|connection| connection.as_fd()).collect();
+    let text = backend.to_string();
     let index = nbd.connect(
         &Device {
             index: request.index,
             size,
             block_size: block_size.into(),
             flags,
-            link: Link {
-                timeout: backend.timeout,
-                dead_timeout: backend.dead_timeout,
-                backend: &backend.to_string(),
-            },
+            link: link(&backend, &text),
         },
         &sockets,
     )?;
@@ -245,21 +242,40 @@ pub fn reconnect(nbd: &mut NbdFamily, sysfs: &Sysfs, index: u32) -> Result<Backe
     )?;
     all.insert(0, first);
     let sockets: Vec<_> = all.iter().map(|connection| connection.as_fd()).collect();
-    let link = Link {
-        timeout: backend.timeout,
-        dead_timeout: backend.dead_timeout,
-        backend: &backend.to_string(),
-    };
-    nbd.reconnect(index, &link, &sockets)?;
+    let text = backend.to_string();
+    nbd.reconnect(index, &link(&backend, &text), &sockets)?;
     Ok(backend)
 }
 
-/// Gives all devices that are connected to `server` new connections in place of dead ones. Empty where the kernel has
-/// no NBD client, or no such device.
+/// How the kernel treats the connections to `backend`, of which `text` is the text.
+const fn link<'a>(backend: &Backend, text: &'a str) -> Link<'a> {
+    Link {
+        timeout: backend.timeout,
+        dead_timeout: backend.dead_timeout,
+        backend: text,
+    }
+}
+
+/// Whether a device of ours was ended, and only stays until nobody has it open any more.
+///
+/// # Errors
+/// The kernel does not answer.
+pub fn has_ended(nbd: &mut NbdFamily, known: &Known) -> Result<bool, DeviceError> {
+    match &known.backend {
+        Some(backend) => {
+            let text = backend.to_string();
+            Ok(!nbd.takes_connections(known.index, &link(backend, &text))?)
+        }
+        None => Ok(false),
+    }
+}
+
+/// Gives all devices that are connected to `server` new connections in place of dead ones, but for those that were
+/// ended. Empty where the kernel has no NBD client, or no such device.
 #[must_use]
 pub fn reconnect_all(server: &Address) -> Vec<(u32, Result<Backend, DeviceError>)> {
     let sysfs = Sysfs::default();
-    let ours: Vec<u32> = sysfs
+    let ours: Vec<Known> = sysfs
         .devices()
         .into_iter()
         .filter(|known| {
@@ -268,7 +284,6 @@ pub fn reconnect_all(server: &Address) -> Vec<(u32, Result<Backend, DeviceError>
                 .as_ref()
                 .is_some_and(|backend| backend.server == *server)
         })
-        .map(|known| known.index)
         .collect();
     if ours.is_empty() {
         return Vec::new();
@@ -282,8 +297,12 @@ pub fn reconnect_all(server: &Address) -> Vec<(u32, Result<Backend, DeviceError>
     match family {
         Ok(mut nbd) => ours
             .into_iter()
-            .map(|index| (index, reconnect(&mut nbd, &sysfs, index)))
+            .filter_map(|known| match has_ended(&mut nbd, &known) {
+                Ok(true) => None,
+                Ok(false) => Some((known.index, reconnect(&mut nbd, &sysfs, known.index))),
+                Err(error) => Some((known.index, Err(error))),
+            })
             .collect(),
-        Err(error) => vec![(ours[0], Err(error.into()))],
+        Err(error) => vec![(ours[0].index, Err(error.into()))],
     }
 }

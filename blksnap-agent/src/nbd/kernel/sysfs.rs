@@ -20,7 +20,7 @@ pub struct Known {
     pub size: u64,
     /// Refuses writes.
     pub read_only: bool,
-    /// Whether it is connected. Its connections may be dead.
+    /// Whether it is connected. Its connections may be dead, or it was ended and somebody still has it open.
     pub connected: bool,
     /// What it is connected to, if that is ours.
     pub backend: Option<Backend>,
@@ -86,15 +86,17 @@ impl Sysfs {
         })
     }
 
-    /// The connected device of ours that shows this export of any server.
+    /// The connected devices of ours that show this export of any server.
     #[must_use]
-    pub fn of_export(&self, export: &str) -> Option<Known> {
-        self.devices().into_iter().find(|device| {
+    pub fn of_export(&self, export: &str) -> Vec<Known> {
+        let mut devices = self.devices();
+        devices.retain(|device| {
             device
                 .backend
                 .as_ref()
                 .is_some_and(|backend| backend.export == export)
-        })
+        });
+        devices
     }
 }
 
@@ -135,10 +137,12 @@ mod tests {
         assert_eq!(indices, [0, 2, 10]);
         assert!(!found[0].connected && found[0].backend.is_none());
         assert!(found[1].connected && found[1].backend.is_none());
-        let ours = sysfs.of_export("id/sdb1").unwrap();
+        let mut shown = sysfs.of_export("id/sdb1");
+        let ours = shown.remove(0);
+        assert!(shown.is_empty());
         assert_eq!((ours.index, ours.size, ours.read_only), (10, 8192, true));
         assert_eq!(ours.backend.unwrap().connections, 2);
-        assert!(sysfs.of_export("id/sdc").is_none());
+        assert!(sysfs.of_export("id/sdc").is_empty());
         assert!(Sysfs::under("/nonexistent").devices().is_empty());
     }
 }
