@@ -47,4 +47,6 @@ mod workers;
 #[cfg(all(test, feature = "shuttle"))]
 mod orders;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;

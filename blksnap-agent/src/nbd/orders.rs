@@ -5,48 +5,21 @@ use std::sync::Arc;
 use shuttle::sync::atomic::{AtomicBool, Ordering};
 use shuttle::thread;
 
-use super::export::{Export, ExportError};
+use super::export::Export;
 use super::limits::{Budget, FLOOR};
-use super::proto::{ContextName, StatusExtent};
 use super::registry::Exports;
+use super::testing::Ones;
 use super::wake::Waker;
 
 /// How many orders are drawn.
 const ORDERS: usize = 3000;
-
-struct Named;
-
-impl Export for Named {
-    fn name(&self) -> &'static str {
-        "a"
-    }
-
-    fn size(&self) -> u64 {
-        4096
-    }
-
-    fn read_at(&self, buffer: &mut [u8], _offset: u64) -> Result<(), ExportError> {
-        buffer.fill(1);
-        Ok(())
-    }
-
-    fn block_status(
-        &self,
-        _: &ContextName,
-        _: u64,
-        length: u64,
-        _: usize,
-    ) -> Result<Vec<StatusExtent>, ExportError> {
-        Ok(vec![StatusExtent { length, flags: 0 }])
-    }
-}
 
 #[test]
 fn an_export_that_was_removed_serves_nobody() {
     shuttle::check_random(
         || {
             let exports = Arc::new(Exports::new());
-            let export: Arc<dyn Export> = Arc::new(Named);
+            let export: Arc<dyn Export> = Arc::new(Ones::new("a"));
             let alive = Arc::downgrade(&export);
             exports.add(export).unwrap();
             let removed = Arc::new(AtomicBool::new(false));
@@ -68,7 +41,7 @@ fn an_export_that_was_removed_serves_nobody() {
                 client.join().unwrap();
             }
             assert!(alive.upgrade().is_none(), "the export is still held");
-            exports.add(Arc::new(Named)).unwrap();
+            exports.add(Arc::new(Ones::new("a"))).unwrap();
             assert_eq!(exports.clients("a"), 0);
         },
         ORDERS,

@@ -214,52 +214,24 @@ impl Catalog for Exports {
 
 #[cfg(test)]
 mod tests {
-    use super::super::export::ExportError;
-    use super::super::proto::{BlockSizes, ContextName, StatusExtent};
+    use super::super::testing::Ones;
     use super::*;
-
-    struct Named(&'static str);
-
-    impl Export for Named {
-        fn name(&self) -> &str {
-            self.0
-        }
-
-        fn size(&self) -> u64 {
-            4096
-        }
-
-        fn read_at(&self, buffer: &mut [u8], _offset: u64) -> Result<(), ExportError> {
-            buffer.fill(1);
-            Ok(())
-        }
-
-        fn block_status(
-            &self,
-            _: &ContextName,
-            _: u64,
-            length: u64,
-            _: usize,
-        ) -> Result<Vec<StatusExtent>, ExportError> {
-            Ok(vec![StatusExtent { length, flags: 0 }])
-        }
-    }
 
     #[test]
     fn exports_come_and_go() {
         let exports = Exports::new();
         assert!(exports.open("").is_none());
-        exports.add(Arc::new(Named("b"))).unwrap();
+        exports.add(Arc::new(Ones::new("b"))).unwrap();
         assert!(exports.find("").is_some_and(|found| found.facts.name == "b"));
-        exports.add(Arc::new(Named("a"))).unwrap();
+        exports.add(Arc::new(Ones::new("a"))).unwrap();
         assert_eq!(exports.names(), ["a", "b"]);
         assert!(exports.open("").is_none(), "two exports have no default");
         assert_eq!(
-            exports.add(Arc::new(Named("a"))),
+            exports.add(Arc::new(Ones::new("a"))),
             Err(RegistryError::Exists("a".into()))
         );
         assert_eq!(
-            exports.add(Arc::new(Named(""))),
+            exports.add(Arc::new(Ones::new(""))),
             Err(RegistryError::Name(String::new()))
         );
         assert!(exports.remove("a"));
@@ -267,52 +239,25 @@ mod tests {
         assert_eq!(exports.list().len(), 1);
     }
 
-    /// An export of large blocks and this size.
-    struct Coarse(u64);
-
-    impl Export for Coarse {
-        fn name(&self) -> &str {
-            "coarse"
-        }
-
-        fn size(&self) -> u64 {
-            self.0
-        }
-
-        fn block_sizes(&self) -> BlockSizes {
-            BlockSizes::new(4096, 4096, 1 << 20).unwrap()
-        }
-
-        fn read_at(&self, buffer: &mut [u8], _offset: u64) -> Result<(), ExportError> {
-            buffer.fill(2);
-            Ok(())
-        }
-
-        fn block_status(
-            &self,
-            _: &ContextName,
-            _: u64,
-            length: u64,
-            _: usize,
-        ) -> Result<Vec<StatusExtent>, ExportError> {
-            Ok(vec![StatusExtent { length, flags: 0 }])
-        }
-    }
-
     #[test]
     fn a_size_of_half_blocks_is_refused() {
         let exports = Exports::new();
+        let coarse = |size| Ones {
+            name: "coarse",
+            size,
+            block: 4096,
+        };
         assert!(matches!(
-            exports.add(Arc::new(Coarse(4096 * 3 + 512))),
+            exports.add(Arc::new(coarse(4096 * 3 + 512))),
             Err(RegistryError::Size { block: 4096, .. })
         ));
-        exports.add(Arc::new(Coarse(4096 * 3))).unwrap();
+        exports.add(Arc::new(coarse(4096 * 3))).unwrap();
     }
 
     #[test]
     fn a_removed_export_is_dropped_though_a_client_stays() {
         let exports = Exports::new();
-        let export: Arc<dyn Export> = Arc::new(Named("a"));
+        let export: Arc<dyn Export> = Arc::new(Ones::new("a"));
         let watch = Arc::downgrade(&export);
         exports.add(export).unwrap();
         let entry = exports.open("a").unwrap();
@@ -323,7 +268,7 @@ mod tests {
         assert!(watch.upgrade().is_none());
         drop(client);
 
-        exports.add(Arc::new(Named("a"))).unwrap();
+        exports.add(Arc::new(Ones::new("a"))).unwrap();
         assert!(
             entry.export().is_none(),
             "a new export of the name is another one"
