@@ -70,6 +70,8 @@ enum Command {
     Fuzz(fuzz::Arguments),
     /// Run a command as root in a guest with another kernel, and give its output and exit code
     Vm(Box<vm::Arguments>),
+    /// Cut the power of guests that write to disks with snapshots and change maps, and look at what is left
+    Power(vm::power::Arguments),
     /// Check format, clippy, documentation and the project's own rules
     Lint,
     /// Format all code
@@ -113,6 +115,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::Bench { args } => run::tool(Profile::Release, "blksnap-bench", &args),
         Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Vm(arguments) => return vm::run(&arguments),
+        Command::Power(arguments) => vm::power::run(&arguments),
         Command::Lint => lint::run(),
         Command::Fmt => process::run(workspace::cargo().args(["fmt", "--all"])),
         Command::Ci => process::run(&mut process::command(workspace::root().join(".ci/run"))),

@@ -93,6 +93,8 @@ pub(crate) enum End {
     Exited(u8),
     /// The time was over.
     TimedOut,
+    /// The caller wanted it killed.
+    Cut,
     /// The guest ended before the command did.
     Died,
 }
@@ -114,6 +116,17 @@ impl Machine {
         out: &mut (dyn Write + Send),
         err: &mut (dyn Write + Send),
     ) -> Result<Outcome> {
+        self.run_until(command, out, err, &|| false)
+    }
+
+    /// As [`Machine::run`], but kills the guest as soon as `cut` says so: the power goes.
+    pub(crate) fn run_until(
+        &self,
+        command: &str,
+        out: &mut (dyn Write + Send),
+        err: &mut (dyn Write + Send),
+        cut: &dyn Fn() -> bool,
+    ) -> Result<Outcome> {
         let folder = folder()?;
         let at = |name: &str| folder.path().join(name);
         let archive = initramfs::build(&self.kernel, &self.shares, &self.script(command)?)?;
@@ -129,7 +142,7 @@ impl Machine {
         let from_out = child.stdout.take().context("no pipe")?;
         let from_err = child.stderr.take().context("no pipe")?;
         let end = Instant::now() + self.timeout;
-        let (status, timed_out) = thread::scope(|scope| -> Result<(ExitStatus, bool)> {
+        let (status, killed) = thread::scope(|scope| -> Result<(ExitStatus, Option<End>)> {
             scope.spawn(move || pass(from_out, out));
             scope.spawn(move || pass(from_err, err));
             let mut console = self.console.then(|| Live::new(at("console")));
@@ -138,11 +151,16 @@ impl Machine {
                     console.show();
                 }
                 if let Some(status) = child.try_wait().context("waiting for QEMU failed")? {
-                    return Ok((status, false));
+                    return Ok((status, None));
                 }
-                if Instant::now() >= end {
+                let why = if cut() {
+                    Some(End::Cut)
+                } else {
+                    (Instant::now() >= end).then_some(End::TimedOut)
+                };
+                if why.is_some() {
                     child.kill().context("killing QEMU failed")?;
-                    return Ok((child.wait().context("waiting for QEMU failed")?, true));
+                    return Ok((child.wait().context("waiting for QEMU failed")?, why));
                 }
                 thread::sleep(LOOK);
             }
@@ -155,14 +173,14 @@ impl Machine {
             .filter(|line| !line.is_empty())
             .collect();
         let code = fs::read_to_string(at("code")).unwrap_or_default();
-        let end = match (code.trim().parse(), timed_out) {
+        let end = match (code.trim().parse(), killed) {
             (Ok(code), _) => End::Exited(code),
-            (_, true) => End::TimedOut,
+            (_, Some(why)) => why,
             // QEMU itself failed: it has said why.
-            (_, false) if lines.is_empty() => {
+            (_, None) if lines.is_empty() => {
                 bail!("QEMU ended with {status} before the kernel said anything")
             }
-            (_, false) => End::Died,
+            (_, None) => End::Died,
         };
         let owned = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect();
         Ok(Outcome {

@@ -209,7 +209,7 @@ impl Guest<'_> {
         let complained = String::from_utf8_lossy(&err);
         let lost = match outcome.end {
             End::Exited(code) => format!("the test binary ended with {code} meanwhile"),
-            End::TimedOut => format!("it did not end in {} s", self.timeout.as_secs()),
+            End::TimedOut | End::Cut => format!("it did not end in {} s", self.timeout.as_secs()),
             End::Died => format!(
                 "the guest died: {}",
                 outcome

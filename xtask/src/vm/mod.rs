@@ -10,6 +10,7 @@ mod initramfs;
 mod kernels;
 mod machine;
 pub(crate) mod matrix;
+pub(crate) mod power;
 pub(crate) mod results;
 
 use std::env;
@@ -104,7 +105,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let (code, why) = match outcome.end {
         End::Exited(code) => return Ok(ExitCode::from(code)),
-        End::TimedOut => (
+        End::TimedOut | End::Cut => (
             TIMED_OUT,
             format!("the command did not end in {} s", arguments.timeout),
         ),
