@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use blksnap_agent::sys::AlignedBuffer;
@@ -65,7 +65,9 @@ impl Reader {
 
     /// Waits until it has failed, and gives why.
     fn fails(&mut self) -> Result<String> {
+        let begun = Instant::now();
         wait_until("the reader fails", || Ok(self.ended()))?;
+        println!("the reader failed after {:?}", begun.elapsed());
         let error = self.end().err().context("the reader has not failed")?;
         Ok(format!("{error:#}"))
     }

@@ -117,7 +117,16 @@ fn held(kind: &str, bytes: u64) -> Result<()> {
     nobody_hangs()
 }
 
+/// The size of a disk for this file system, where two copies of one can be mounted at the same time.
 fn bytes(kind: &str) -> Result<u64> {
+    if kind == "btrfs" {
+        // A module, perhaps, that says what it can do only when it is there.
+        let _ = std::process::Command::new("modprobe").args(["-q", kind]).status();
+        ensure!(
+            std::path::Path::new("/sys/fs/btrfs/features/temp_fsid").exists(),
+            "not on this kernel: btrfs with one UUID mounted twice (6.7)"
+        );
+    }
     let known = FILE_SYSTEMS.iter().find(|(name, _)| *name == kind);
     Ok(known.context("a file system")?.1)
 }
