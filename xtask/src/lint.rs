@@ -24,10 +24,11 @@ pub(crate) fn run() -> Result<()> {
     for component in ["rustfmt", "clippy"] {
         set_up_component(component)?;
     }
-    let checks: [(&str, Check); 7] = [
+    let checks: [(&str, Check); 8] = [
         ("format", format),
         ("rules", || rules::check(workspace::root())),
         ("clippy on the host crates", clippy_host),
+        ("clippy on the agent with all features", clippy_features),
         ("clippy on the eBPF crate", clippy_ebpf),
         ("documentation", documentation),
         ("licences and advisories", || {
@@ -66,17 +67,21 @@ fn format() -> Result<()> {
 }
 
 fn clippy_host() -> Result<()> {
-    process::run(workspace::cargo().args([
-        "clippy",
-        "--quiet",
-        "--workspace",
-        "--exclude",
-        "blksnap-ebpf",
-        "--all-targets",
-        "--",
-        "-D",
-        "warnings",
-    ]))
+    clippy(&["--workspace", "--exclude", "blksnap-ebpf"])
+}
+
+/// The agent with everything that is left out of it otherwise.
+fn clippy_features() -> Result<()> {
+    clippy(&["--package", "blksnap-agent", "--features", workspace::FEATURES])
+}
+
+fn clippy(what: &[&str]) -> Result<()> {
+    process::run(
+        workspace::cargo()
+            .args(["clippy", "--quiet", "--all-targets"])
+            .args(what)
+            .args(["--", "-D", "warnings"]),
+    )
 }
 
 /// clippy of the toolchain that builds the object, for the object's target.

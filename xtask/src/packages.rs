@@ -1,7 +1,9 @@
 //! Packages: programs of the distribution that the tests, the demonstration, the benchmark and the lab's guests run,
 //! and the C++ compiler that builds the fuzzer.
 
+use std::env;
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use nix::unistd::Uid;
@@ -9,7 +11,7 @@ use nix::unistd::Uid;
 use crate::process;
 
 /// A program, and the package of Debian and Ubuntu that has it.
-const NEEDED: [(&str, &str); 36] = [
+const NEEDED: [(&str, &str); 37] = [
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdfuse", "libnbd-bin"),
@@ -32,6 +34,7 @@ const NEEDED: [(&str, &str); 36] = [
     ("fstrim", "util-linux"),
     ("strace", "strace"),
     ("c++", "g++"),
+    (LIBCLANG, "libclang-dev"),
     // Guests, and what they try.
     ("busybox", "busybox-static"),
     ("modprobe", "kmod"),
@@ -49,10 +52,38 @@ const NEEDED: [(&str, &str); 36] = [
     ("nbd-client", "nbd-client"),
 ];
 
+/// No program but a library: the feature `ublk` reads a header of the kernel with it when it is built.
+const LIBCLANG: &str = "libclang";
+
+/// Whether a program or the library is there.
+fn is_there(program: &str) -> bool {
+    if program == LIBCLANG {
+        return env::var_os("LIBCLANG_PATH").is_some() || has_libclang(Path::new("/usr"));
+    }
+    process::find(program).is_some()
+}
+
+/// Whether the library is where distributions put it.
+fn has_libclang(usr: &Path) -> bool {
+    let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
+    let libraries = |folder: &Path| {
+        entries(folder).any(|file| {
+            let name = file.file_name().to_string_lossy().into_owned();
+            name.starts_with("libclang.so")
+                || (name.starts_with("libclang-") && name[9..].starts_with(|c: char| c.is_ascii_digit()))
+        })
+    };
+    let below = entries(&usr.join("lib")).map(|folder| folder.path());
+    [usr.join("lib64"), usr.join("lib")]
+        .into_iter()
+        .chain(below.flat_map(|folder| [folder.join("lib"), folder]))
+        .any(|folder| libraries(&folder))
+}
+
 /// Makes sure that every program is there: installs its package when this is root on Debian or Ubuntu, otherwise
 /// names all that are missing.
 pub(crate) fn set_up() -> Result<()> {
-    let missing = missing(|program| process::find(program).is_some());
+    let missing = missing(is_there);
     if missing.is_empty() {
         eprintln!("setup: distribution packages: all there");
         return Ok(());
@@ -114,6 +145,21 @@ mod tests {
             ["qemu-system-common", "qemu-system-x86", "qemu-utils"]
         );
         assert!(missing(|_| true).is_empty());
+    }
+
+    #[test]
+    fn the_library_is_found_where_distributions_put_it() {
+        let usr = tempfile::tempdir().unwrap();
+        let add = |path: &str| {
+            let path = usr.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        };
+        add("lib/llvm-14/lib/libclang-cpp.so.14");
+        add("lib/x86_64-linux-gnu/libclang_rt.so");
+        assert!(!has_libclang(usr.path()));
+        add("lib/llvm-14/lib/libclang-14.so.14.0.6");
+        assert!(has_libclang(usr.path()));
     }
 
     #[test]

@@ -55,6 +55,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     command.env("BLKSNAP_AGENT", &agent).arg("test");
     if arguments.is_empty() {
         command.args(["--workspace", "--exclude", "blksnap-ebpf", "--no-fail-fast"]);
+        command.args(["--features", workspace::FEATURES]);
     } else {
         command.args(arguments);
     }

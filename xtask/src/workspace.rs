@@ -30,6 +30,9 @@ pub(crate) fn target() -> PathBuf {
     own.unwrap_or_else(|| root().join("target"))
 }
 
+/// What an agent for development can do beyond the usual.
+pub(crate) const FEATURES: &str = "blksnap-agent/ublk";
+
 /// How the agent is compiled.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Profile {
@@ -61,9 +64,11 @@ fn build<const N: usize>(profile: Profile, wanted: [(&str, &str); N]) -> Result<
     for (package, name) in wanted {
         command.args(["--package", package, "--bin", name]);
     }
-    if profile == Profile::Release {
-        command.arg("--release");
-    }
+    match profile {
+        Profile::Release => command.arg("--release"),
+        // For the tests.
+        Profile::Development => command.args(["--features", FEATURES]),
+    };
     let messages = messages_of(&mut command)?;
     let mut paths = wanted.map(|_| PathBuf::new());
     for (path, (_, name)) in paths.iter_mut().zip(wanted) {

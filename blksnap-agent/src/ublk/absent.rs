@@ -32,6 +32,14 @@ impl Device {
         Err(UblkError::NotBuilt.into())
     }
 
+    /// Ends one that nobody serves.
+    ///
+    /// # Errors
+    /// Always: the agent is built without them.
+    pub const fn give_up(_left: &Left) -> Result<(), UblkError> {
+        Err(UblkError::NotBuilt)
+    }
+
     /// Its block device.
     #[must_use]
     pub const fn node(&self) -> PathBuf {

@@ -262,6 +262,14 @@ pub(super) fn discard(number: u32) -> Result<(), UblkError> {
     Control { number, inner }.delete()
 }
 
+/// Ends a device that nobody serves.
+pub(super) fn give_up(number: u32) -> Result<(), UblkError> {
+    let inner = command("look at", number, || UblkCtrl::new_simple(id(number)?))?;
+    let control = Control { number, inner };
+    control.stop()?;
+    control.delete()
+}
+
 /// What the driver is told of a device.
 fn params(geometry: &Geometry) -> sys::ublk_params {
     // All are powers of two below 2^32.

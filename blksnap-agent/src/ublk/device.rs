@@ -109,6 +109,23 @@ impl Device {
         made
     }
 
+    /// Ends a device that is written down and that no agent serves. What waits for it gets errors.
+    ///
+    /// # Errors
+    /// The driver refuses: it stays.
+    pub fn give_up(left: &Left) -> Result<(), UblkError> {
+        match control::available() {
+            Err(UblkError::NoDriver) => return Ok(()),
+            available => available?,
+        }
+        match left.number {
+            Some(number) if control::look(number)?.is_some_and(|known| known.token == left.token) => {
+                control::give_up(number)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Takes requests of a device that is new, or that waits.
     fn start(control: Control, served: Arc<Served>, geometry: &Geometry) -> Result<Self, UblkError> {
         let name = served.name().to_owned();

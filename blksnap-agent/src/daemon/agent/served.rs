@@ -89,8 +89,7 @@ impl Agent {
                 .map(|name| name.to_string_lossy().into_owned())
                 .unwrap_or_default(),
         };
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(plain) {
+        if !is_name(&name) {
             return Err(wrong(
                 "its name is not 1 to 64 of letters, digits, '.', '_' and '-'",
                 "choose one with --name",
@@ -197,13 +196,9 @@ impl Agent {
     pub(super) fn unserve_device(&self, name: &str) -> Result<(), ApiError> {
         let action = format!("stop serving {name}");
         let mut list = self.served.lock();
-        let served = list.get(name).cloned().ok_or_else(|| {
-            ApiError::new(
-                Code::NotAttached,
-                format!("{action}: there is no such device"),
-                "`blksnap-agent served` lists them",
-            )
-        })?;
+        let Some(served) = list.get(name).cloned() else {
+            return self.forget_served(name, &action);
+        };
         let held = served.origin().counters().snapshots;
         if held > 0 {
             return Err(ApiError::new(
@@ -224,6 +219,22 @@ impl Agent {
         let directory = self.served_directory(name);
         fs::remove_dir_all(&directory).map_err(|error| ApiError::of(Code::Io, &action, &error))?;
         tracing::info!(name, "no longer served");
+        Ok(())
+    }
+
+    /// Gives up a disk that could not be served again.
+    fn forget_served(&self, name: &str, action: &str) -> Result<(), ApiError> {
+        let directory = self.served_directory(name);
+        if !is_name(name) || !directory.join("device").exists() {
+            return Err(ApiError::new(
+                Code::NotAttached,
+                format!("{action}: there is no such device"),
+                "`blksnap-agent served` lists them",
+            ));
+        }
+        self.give_up_ublk(name, action)?;
+        fs::remove_dir_all(&directory).map_err(|error| ApiError::of(Code::Io, action, &error))?;
+        tracing::info!(name, "not to be served any more");
         Ok(())
     }
 
@@ -346,6 +357,12 @@ fn begin(served: &Served, action: &str) -> Result<(), ApiError> {
     served
         .begin()
         .map_err(|error| ApiError::of(Code::Io, action, &error))
+}
+
+/// Whether a served device may be called so: it is the name of a directory, too.
+fn is_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    !name.is_empty() && name.len() <= 64 && !name.starts_with('.') && name.chars().all(plain)
 }
 
 /// Takes a disk for this process alone; tries again as long as patience lasts.

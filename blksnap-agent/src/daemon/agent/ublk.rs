@@ -79,6 +79,16 @@ impl Agent {
         Ok(())
     }
 
+    /// Ends the block device of a disk that is not served any more, and for which requests may wait.
+    pub(super) fn give_up_ublk(&self, name: &str, action: &str) -> Result<(), ApiError> {
+        let path = self.served_directory(name).join("ublk");
+        match statefile::read::<Left>(&path, FORMAT) {
+            Ok(Some(left)) => Device::give_up(&left).map_err(|error| error.tell(action)),
+            Ok(None) => Ok(()),
+            Err(error) => Err(error.tell(action)),
+        }
+    }
+
     /// Ends the block devices that nobody uses, and leaves the others for the next daemon: their requests wait.
     pub(super) fn end_ublk(&self) {
         let devices: Vec<_> = self.ublk.lock().values().cloned().collect();
