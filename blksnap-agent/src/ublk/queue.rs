@@ -99,10 +99,10 @@ pub(super) fn run(
             return End::Failed;
         }
     };
-    let began = queue.turn(0).and_then(|()| match queue.refused {
-        Some(errno) => Err(LibError::OtherError(errno)),
-        None => Ok(()),
-    });
+    let began = match (queue.turn(0), queue.refused) {
+        (Ok(()), Some(errno)) => Err(LibError::OtherError(errno)),
+        (began, _) => began,
+    };
     let failed = began.is_err();
     let _ = ready.send(began.map_err(super::control::source_of));
     let end = if failed { End::Failed } else { queue.follow() };

@@ -167,8 +167,8 @@ fn a_file_system_lives_on_it() -> Result<()> {
 fn a_write_that_waits_holds_up_no_read() -> Result<()> {
     let mut scene = Scene::new(16 * MIB)?;
     let before = scene.read(0, 4096)?;
-    let mut writers = Writers::start(&scene, 24, 1)?;
-    writers.run_for(50)?;
+    let mut writers = Writers::start(&scene, 20, 1)?;
+    writers.run_for(40)?;
     for _ in 0..3 {
         // While it is taken, all writes wait; reads go on and see what was answered.
         let id = scene.take()?;
