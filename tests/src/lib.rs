@@ -9,6 +9,8 @@
 //! - [`Tamper`]: changes what a daemon shares with the kernel.
 //! - [`Interrupt`]: signals, for programs that must clean up after themselves.
 //! - [`numbered`]: writes of which one can tell at which instant a disk was looked at.
+//! - [`path`]: every way to write to a device, and the comparison of what changed with what is reported.
+//! - [`lab`]: what a test finds in a guest with another kernel.
 //! - [`nbd`]: the client's side of the NBD protocol, as an oracle.
 //! - [`seed`]: the seed of a random test, printed, or given by `BLKSNAP_SEED` to repeat a run.
 //!
@@ -17,9 +19,11 @@
 mod daemon;
 mod direct;
 mod interrupt;
+pub mod lab;
 mod loopdev;
 pub mod nbd;
 pub mod numbered;
+pub mod path;
 mod tamper;
 mod writer;
 mod zram;

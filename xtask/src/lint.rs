@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::toolchain::locate::{self, Compiler, Toolchain};
-use crate::{process, rules, toolchain, workspace};
+use crate::{process, rules, support, toolchain, workspace};
 
 /// The target of the eBPF object.
 const EBPF_TARGET: &str = if cfg!(target_endian = "big") {
@@ -27,6 +27,7 @@ pub(crate) fn run() -> Result<()> {
     let checks: [(&str, Check); 8] = [
         ("format", format),
         ("rules", || rules::check(workspace::root())),
+        ("kernel support", || support::run(true)),
         ("clippy on the host crates", clippy_host),
         ("clippy on the agent with all features", clippy_features),
         ("clippy on the eBPF crate", clippy_ebpf),

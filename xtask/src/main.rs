@@ -7,6 +7,7 @@ mod packages;
 mod process;
 mod rules;
 mod run;
+mod support;
 mod test;
 mod toolchain;
 mod vm;
@@ -72,6 +73,12 @@ enum Command {
     Vm(Box<vm::Arguments>),
     /// Cut the power of guests that write to disks with snapshots and change maps, and look at what is left
     Power(vm::power::Arguments),
+    /// Make docs/kernel-support.md from the kept results of the lab
+    KernelSupport {
+        /// Only say whether it is up to date
+        #[arg(long)]
+        check: bool,
+    },
     /// Check format, clippy, documentation and the project's own rules
     Lint,
     /// Format all code
@@ -116,6 +123,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Vm(arguments) => return vm::run(&arguments),
         Command::Power(arguments) => vm::power::run(&arguments),
+        Command::KernelSupport { check } => support::run(check),
         Command::Lint => lint::run(),
         Command::Fmt => process::run(workspace::cargo().args(["fmt", "--all"])),
         Command::Ci => process::run(&mut process::command(workspace::root().join(".ci/run"))),

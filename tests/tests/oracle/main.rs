@@ -23,8 +23,17 @@ use scene::{During, Scene};
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// The writes that one test of raw devices must have made, as the programs counted them.
+/// The writes that one test of raw devices must have made, as the programs counted them: so many, or as
+/// `BLKSNAP_ORACLE_WRITES` says where that would take too long. The rounds of the other tests go with it.
 const WRITES: u64 = 100_000;
+
+/// `count`, which is for [`WRITES`] writes, for as many as are to be made here.
+fn scaled(count: u64) -> u64 {
+    let writes = std::env::var("BLKSNAP_ORACLE_WRITES").map_or(WRITES, |text| {
+        text.parse().expect("BLKSNAP_ORACLE_WRITES is a number")
+    });
+    (count * writes / WRITES).max(4)
+}
 
 /// Partitions at sectors that no tracking block begins at.
 fn odd_partitions() -> Vec<(String, String)> {
@@ -68,7 +77,7 @@ fn disk_and_partitions(
     ];
     scene.begin()?;
     let mut round = 0;
-    while scene.operations(0)?.iter().sum::<u64>() < WRITES {
+    while scene.operations(0)?.iter().sum::<u64>() < scaled(WRITES) {
         round += 1;
         scene.round(during(round), || {
             std::thread::scope(|scope| {
@@ -140,7 +149,7 @@ fn whole_disk(name: &str, bytes: u64, sector_size: u32, block_size: u64) -> Resu
     scene.attach(&path, block_size)?;
     let mut node = Node::open(&path, 0)?;
     scene.begin()?;
-    for round in 1..=30 {
+    for round in 1..=scaled(30) {
         scene.round(During::Nothing, || {
             node.write(&mut generator(seed, round, 0), 100)?;
             node.write_edges(&mut generator(seed, round, 1))
@@ -186,7 +195,7 @@ fn file_system(kind: &str, bytes: u64, rounds: u64) -> Result<()> {
     })?;
     let mut node = Node::open(&second, 0)?;
     let mut tree = Tree::new(scene.mount(1)?);
-    for round in 1..=rounds {
+    for round in 1..=scaled(rounds) {
         let mut random = generator(seed, round, 0);
         let during = match round % 3 {
             0 => During::KeepRingFull,
@@ -215,7 +224,10 @@ fn file_system(kind: &str, bytes: u64, rounds: u64) -> Result<()> {
         })?;
     }
     let operations = scene.operations(1)?;
-    ensure!(operations[OpKind::Write as usize] > 1000, "{operations:?}");
+    ensure!(
+        operations[OpKind::Write as usize] > scaled(1000),
+        "{operations:?}"
+    );
     ensure!(operations[OpKind::Discard as usize] > 0, "{operations:?}");
     scene.report(kind)
 }

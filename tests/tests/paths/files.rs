@@ -12,8 +12,8 @@ use blksnap_common::track::OpKind;
 use blksnap_tests::{LoopDevice, LoopOptions, Zram, run, unmount};
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use crate::subject::Subject;
 use crate::{KIB, MIB};
+use blksnap_tests::path::Subject;
 
 /// Size of a device, by what the file system needs.
 fn size(kind: &str) -> u64 {

@@ -5,9 +5,7 @@
 //! slot that they touch.
 
 mod files;
-mod operations;
 mod stacks;
-mod subject;
 mod swap;
 
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
@@ -16,10 +14,8 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use blksnap_agent::disk::BlockDevice;
 use blksnap_common::track::OpKind;
+use blksnap_tests::path::{ALL, Operation, Subject};
 use blksnap_tests::{LoopDevice, LoopOptions, Zram};
-
-use operations::{ALL, Operation};
-use subject::Subject;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;

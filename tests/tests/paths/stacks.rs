@@ -2,10 +2,9 @@
 
 use anyhow::{Context as _, Result, ensure};
 use blksnap_agent::disk::BlockDevice;
+use blksnap_tests::path::{ALL, Subject};
 use blksnap_tests::{LoopDevice, LoopOptions, Zram};
 
-use crate::operations::ALL;
-use crate::subject::Subject;
 use crate::{KIB, MIB, RANGES};
 
 /// Writes to `upper` in every way; both nodes report exactly that, since the same bytes are at the same place.

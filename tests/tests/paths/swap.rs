@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use blksnap_tests::{LoopDevice, LoopOptions, Zram, complain, run};
 
-use crate::subject::Subject;
 use crate::{KIB, MIB};
+use blksnap_tests::path::Subject;
 
 /// What a program may keep in memory, and how much it has.
 const LIMIT: u64 = 24 * MIB;

@@ -6,6 +6,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -21,8 +22,9 @@ const LAB: &str = "lab_";
 /// Tests for this machine that are worth their time on other kernels.
 const OTHERS: [&str; 2] = ["oracle", "tracker"];
 
-/// What `short` and `long` stand for. The short one is the oldest kernel and the newest one, preempted at any place.
-const SHORT: &str = "6.1,7.2+full";
+/// What `short` stands for: the oldest kernel and the newest one, preempted at any place, and tests that end soon.
+const SHORT: (&str, &[&str]) = ("6.1,7.2+full", &["lab_tracking", "tracker"]);
+/// What `long` stands for, with all tests.
 const LONG: &str = "6.1,6.12,7.2,7.2+full,fei";
 
 /// The writes that a test of raw devices makes in a guest, see `tests/tests/oracle`.
@@ -57,10 +59,12 @@ struct Binary {
 /// Builds the tests, runs them on every kernel, and prints what came of them. Fails if a test failed, was lost, or says
 /// that it lacks what it had when the results were kept.
 pub(crate) fn run(wanted: &Wanted<'_>) -> Result<()> {
-    let names = match wanted.kernels {
-        "short" => SHORT,
-        "long" => LONG,
-        names => names,
+    let short: Vec<String> = SHORT.1.iter().map(|name| (*name).to_owned()).collect();
+    let (names, tests) = match (wanted.kernels, wanted.names) {
+        ("short", []) => (SHORT.0, short.as_slice()),
+        ("short", tests) => (SHORT.0, tests),
+        ("long", tests) => (LONG, tests),
+        (names, tests) => (names, tests),
     };
     super::check()?;
     // A kernel that can't be had is to be known before the time is spent.
@@ -68,7 +72,7 @@ pub(crate) fn run(wanted: &Wanted<'_>) -> Result<()> {
         .split(',')
         .map(|name| kernels::find(name.trim(), false))
         .collect::<Result<Vec<Kernel>>>()?;
-    let (chosen, filters) = choose(&binaries()?, wanted.names)?;
+    let (chosen, filters) = choose(&binaries()?, tests)?;
     let agent = workspace::build_agent(Profile::Development)?;
     let built = build(&chosen)?;
     let logs = workspace::target().join("lab/log");
@@ -200,12 +204,15 @@ impl Guest<'_> {
     fn run(&self) -> Result<(String, Tests)> {
         let (kernel, binary) = (&self.kernel.name, &self.binary.name);
         let started = Instant::now();
-        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let file =
+            || fs::File::create(self.log).with_context(|| format!("creating {} failed", self.log.display()));
+        // What is said is in the log at once, for who waits.
+        let (mut out, mut err) = (Tee(Vec::new(), file()?), Vec::new());
         let outcome = self
             .machine()
             .run(&self.command(), &mut out, &mut err)
             .with_context(|| format!("running {binary} on {kernel} failed"))?;
-        let said = String::from_utf8_lossy(&out);
+        let said = String::from_utf8_lossy(&out.0);
         let complained = String::from_utf8_lossy(&err);
         let lost = match outcome.end {
             End::Exited(code) => format!("the test binary ended with {code} meanwhile"),
@@ -302,6 +309,21 @@ impl Guest<'_> {
             command += &quote(filter);
         }
         command
+    }
+}
+
+/// Keeps what is written, and writes it to a file.
+struct Tee(Vec<u8>, fs::File);
+
+impl io::Write for Tee {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.extend_from_slice(bytes);
+        self.1.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.1.flush()
     }
 }
 

@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use crate::read_device;
+use anyhow::{Result, bail, ensure};
 use blksnap_agent::disk::BlockDevice;
 use blksnap_agent::tracker::{DirtyBlocks, Granularity, TrackedDevice, Tracker, TrackerConfig};
 use blksnap_agent::units::{BlockSize, DeviceId};
 use blksnap_common::track::OP_KINDS;
-use blksnap_tests::read_device;
 
 /// The unit of the comparison.
 const SECTOR: usize = 512;
@@ -16,30 +16,34 @@ const SECTOR: usize = 512;
 const CHUNK: usize = 1 << 20;
 
 /// A tracked node and its content.
+#[derive(Debug)]
 struct Slot {
     device: Arc<TrackedDevice>,
     before: Vec<u8>,
+    /// Blocks written while that was read.
+    late: DirtyBlocks,
 }
 
 /// Tracked nodes of one or more disks.
-pub(crate) struct Subject {
+#[derive(Debug)]
+pub struct Subject {
     slots: Vec<Slot>,
     /// The programs live as long as this.
-    _tracker: Arc<Tracker>,
+    tracker: Arc<Tracker>,
 }
 
 /// What became of a node since [`Subject::begin`].
 #[derive(Debug)]
-pub(crate) struct Seen {
+pub struct Seen {
     /// The node.
-    pub(crate) node: PathBuf,
+    pub node: PathBuf,
     disk: DeviceId,
     /// Bytes that differ, as sectors: offset of each.
-    pub(crate) changed: Vec<u64>,
+    pub changed: Vec<u64>,
     /// What the map reports, as (offset, length).
-    pub(crate) reported: Vec<(u64, u64)>,
+    pub reported: Vec<(u64, u64)>,
     /// Operations by kind.
-    pub(crate) operations: [u64; OP_KINDS],
+    pub operations: [u64; OP_KINDS],
     block: u64,
     first: u64,
     capacity: u64,
@@ -47,57 +51,107 @@ pub(crate) struct Seen {
 
 impl Subject {
     /// Tracks `nodes`, each in blocks of its size.
-    pub(crate) fn new<'p>(nodes: impl IntoIterator<Item = (&'p Path, u64)>) -> Result<Self> {
-        let tracker = Tracker::load(&TrackerConfig::default())?;
-        let slots = nodes
-            .into_iter()
-            .map(|(node, block)| {
-                let granularity = Granularity::Fixed(BlockSize::from_bytes(block)?);
-                Ok(Slot {
-                    device: tracker.attach(BlockDevice::open(node)?, granularity)?,
-                    before: Vec::new(),
-                })
-            })
-            .collect::<Result<_>>()?;
-        Ok(Self {
-            slots,
-            _tracker: tracker,
-        })
+    ///
+    /// # Errors
+    /// This kernel can't track, or a node is none that can be tracked.
+    pub fn new<'p>(nodes: impl IntoIterator<Item = (&'p Path, u64)>) -> Result<Self> {
+        Self::with(Tracker::load(&TrackerConfig::default())?, nodes)
     }
 
-    /// Lets `change` change the nodes, which it must not leave dirty in any cache, and compares.
-    pub(crate) fn observe<T>(&mut self, change: impl FnOnce() -> Result<T>) -> Result<(T, Vec<Seen>)> {
-        let mut operations = Vec::new();
+    /// The same with programs that are loaded already: that takes a while where the processor is slow.
+    ///
+    /// # Errors
+    /// A node is none that can be tracked.
+    pub fn with<'p>(tracker: Arc<Tracker>, nodes: impl IntoIterator<Item = (&'p Path, u64)>) -> Result<Self> {
+        let mut subject = Self {
+            slots: Vec::new(),
+            tracker,
+        };
+        for (node, block) in nodes {
+            let granularity = Granularity::Fixed(BlockSize::from_bytes(block)?);
+            let device = subject.tracker.attach(BlockDevice::open(node)?, granularity)?;
+            subject.slots.push(Slot {
+                device,
+                before: Vec::new(),
+                late: DirtyBlocks::default(),
+            });
+        }
+        Ok(subject)
+    }
+
+    /// Lets `change` change the nodes, which it must not leave dirty in any cache, and compares. A period begins before
+    /// the content is read and ends after that, so that what a driver writes by itself meanwhile is reported, too.
+    ///
+    /// # Errors
+    /// A byte changed that is not reported, a map is in doubt, or `change` failed.
+    pub fn observe<T>(&mut self, change: impl FnOnce() -> Result<T>) -> Result<(T, Vec<Seen>)> {
         for slot in &mut self.slots {
-            slot.before = read_device(slot.device.path())?;
             slot.device.close_period()?;
+            slot.before = read_device(slot.device.path())?;
+            slot.late = slot.device.close_period()?;
+        }
+        self.observe_more(change)
+    }
+
+    /// The same, of what changed since the last look.
+    ///
+    /// # Errors
+    /// As [`Self::observe`].
+    pub fn observe_more<T>(&mut self, change: impl FnOnce() -> Result<T>) -> Result<(T, Vec<Seen>)> {
+        let mut operations = Vec::new();
+        for slot in &self.slots {
             operations.push(slot.device.counters()?.ops);
         }
         let outcome = change()?;
         let mut seen = Vec::new();
-        for (slot, before) in self.slots.iter().zip(operations) {
-            let dirty = slot.device.close_period()?;
-            let name = slot.device.path().display();
-            ensure!(slot.device.check_doubt().is_none(), "{name} is in doubt");
-            seen.push(slot.seen(&dirty, before)?);
+        for (slot, before) in self.slots.iter_mut().zip(operations) {
+            let mut dirty = slot.device.close_period()?;
+            let now = read_device(slot.device.path())?;
+            // What is written during the read belongs to this look and to the next.
+            let late = slot.device.close_period()?;
+            dirty.union(&slot.late);
+            dirty.union(&late);
+            slot.late = late;
+            if let Some(doubt) = slot.device.check_doubt() {
+                bail!("{} is in doubt: {doubt:?}", slot.device.path().display());
+            }
+            seen.push(slot.seen(&now, &dirty, before)?);
+            slot.before = now;
         }
         for seen in &seen {
             seen.check_nothing_is_missing()?;
         }
         Ok((outcome, seen))
     }
+
+    /// The tracked devices.
+    pub fn devices(&self) -> impl Iterator<Item = &Arc<TrackedDevice>> {
+        self.slots.iter().map(|slot| &slot.device)
+    }
+}
+
+impl Drop for Subject {
+    fn drop(&mut self) {
+        for slot in &self.slots {
+            if let Err(error) = self.tracker.detach(slot.device.device().id) {
+                crate::complain(format_args!(
+                    "{} stays tracked: {error}",
+                    slot.device.path().display()
+                ));
+            }
+        }
+    }
 }
 
 impl Slot {
-    fn seen(&self, dirty: &DirtyBlocks, before: [u64; OP_KINDS]) -> Result<Seen> {
+    fn seen(&self, now: &[u8], dirty: &DirtyBlocks, before: [u64; OP_KINDS]) -> Result<Seen> {
         let device = self.device.device();
-        let now = read_device(self.device.path())?;
         ensure!(
             now.len() == self.before.len(),
             "{} was resized",
             device.path.display()
         );
-        let changed = differences(&now, &self.before);
+        let changed = differences(now, &self.before);
         let counters = self.device.counters()?.ops;
         Ok(Seen {
             node: device.path.clone(),
@@ -136,7 +190,10 @@ impl Seen {
 
     /// The blocks of `length` bytes from `offset` on of `node` are reported, as far as they are of this one; with
     /// `exact`, no others are.
-    pub(crate) fn check(&self, exact: bool, node: &BlockDevice, offset: u64, length: u64) -> Result<()> {
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn check(&self, exact: bool, node: &BlockDevice, offset: u64, length: u64) -> Result<()> {
         ensure!(
             node.disk_id == self.disk,
             "nodes of different disks have nothing in common"

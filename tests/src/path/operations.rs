@@ -16,18 +16,20 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 /// One way.
-pub(crate) struct Operation {
-    pub(crate) name: &'static str,
+#[derive(Debug)]
+pub struct Operation {
+    /// What it is called.
+    pub name: &'static str,
     /// What the block layer makes of it, on a device that can do it.
-    pub(crate) kinds: &'static [OpKind],
+    pub kinds: &'static [OpKind],
     /// Nothing but the range is written.
-    pub(crate) exact: bool,
+    pub exact: bool,
     /// Changes `length` bytes from `offset` on of the node; `false` if the device can't do that.
-    pub(crate) run: fn(node: &Path, offset: u64, length: u64) -> Result<bool>,
+    pub run: fn(node: &Path, offset: u64, length: u64) -> Result<bool>,
 }
 
 /// All ways. Offsets and lengths are multiples of 4096.
-pub(crate) const ALL: [Operation; 14] = [
+pub const ALL: [Operation; 14] = [
     Operation {
         name: "buffered write, fsync",
         kinds: &[OpKind::Write],
@@ -106,7 +108,7 @@ pub(crate) const ALL: [Operation; 14] = [
         kinds: &[OpKind::Write],
         exact: true,
         run: |node, offset, length| {
-            blksnap_tests::run(
+            crate::run(
                 "fio",
                 [
                     "--name=path",
