@@ -71,9 +71,16 @@ pub fn nvme(multipath: bool) -> Result<PathBuf> {
     let mut several = Vec::new();
     for entry in fs::read_dir("/sys/class/nvme-subsystem").into_iter().flatten() {
         let names = names(&entry?.path())?;
-        let is_controller = |name: &&String| name.strip_prefix("nvme").is_some_and(|rest| rest.parse::<u32>().is_ok());
+        let is_controller = |name: &&String| {
+            name.strip_prefix("nvme")
+                .is_some_and(|rest| rest.parse::<u32>().is_ok())
+        };
         if names.iter().filter(is_controller).count() > 1 {
-            several.extend(names.into_iter().filter(|name| Path::new("/dev").join(name).exists() && name.contains('n')));
+            several.extend(
+                names
+                    .into_iter()
+                    .filter(|name| Path::new("/dev").join(name).exists() && name.contains('n')),
+            );
         }
     }
     // The paths to a disk have names as well, but no nodes.
