@@ -24,7 +24,7 @@ pub(crate) fn run() -> Result<()> {
     for component in ["rustfmt", "clippy"] {
         set_up_component(component)?;
     }
-    let checks: [(&str, Check); 8] = [
+    let checks: [(&str, Check); 9] = [
         ("format", format),
         ("rules", || rules::check(workspace::root())),
         ("kernel support", || support::run(true)),

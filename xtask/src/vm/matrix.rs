@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::kernels::{self, Kernel};
 use super::machine::{Bus, Content, Disk, End, Machine, quote};
-use super::results::{OnKernel, Outcome, Results, Tests, read_events};
+use super::results::{Outcome, Results, Tests, read_events};
 use crate::workspace::{self, Profile};
 
 /// The tests of the lab, by the beginning of their name.
@@ -77,9 +77,13 @@ pub(crate) fn run(wanted: &Wanted<'_>) -> Result<()> {
     let built = build(&chosen)?;
     let logs = workspace::target().join("lab/log");
     fs::create_dir_all(&logs).with_context(|| format!("creating {} failed", logs.display()))?;
+    let kept = workspace::root().join(KEPT);
+    let before = Results::read(&kept)?;
+    let out = wanted
+        .out
+        .map_or_else(|| workspace::target().join("lab/results.json"), Path::to_owned);
     let mut results = Results::default();
     for kernel in &kernels {
-        let mut on = OnKernel::default();
         for binary in &built {
             let log = logs.join(format!("{}-{}.log", binary.name, kernel.name.replace('/', "_")));
             let guest = Guest {
@@ -91,30 +95,26 @@ pub(crate) fn run(wanted: &Wanted<'_>) -> Result<()> {
                 log: &log,
             };
             let (release, tests) = guest.run()?;
+            let on = results.0.entry(kernel.name.clone()).or_default();
             if !release.is_empty() {
                 on.release = release;
             }
             on.binaries.insert(binary.name.clone(), tests);
+            // At once: a run may be ended at any time.
+            results.write(&out)?;
+            if wanted.keep {
+                let mut all = before.clone();
+                all.merge(&results, !filters.is_empty());
+                all.write(&kept)?;
+            }
         }
-        results.0.insert(kernel.name.clone(), on);
     }
     print!("{}", table(&results));
-    let out = wanted
-        .out
-        .map_or_else(|| workspace::target().join("lab/results.json"), Path::to_owned);
-    results.write(&out)?;
     println!(
         "lab: results in {}, what was said in {}",
         out.display(),
         logs.display()
     );
-    let kept = workspace::root().join(KEPT);
-    let before = Results::read(&kept)?;
-    if wanted.keep {
-        let mut all = before.clone();
-        all.merge(&results, !filters.is_empty());
-        all.write(&kept)?;
-    }
     judge(&results, &before)
 }
 
@@ -368,6 +368,7 @@ fn table(results: &Results) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::results::OnKernel;
 
     #[test]
     fn the_labs_tests_and_some_others_run_by_default() {
