@@ -128,17 +128,16 @@ fn misses_nothing(known: &Value, now: &[u64], extents: &[Value]) -> Result<()> {
 
 /// Why the change map of a device began anew, as it is told.
 fn why_anew(agent: &Agent, device: &str) -> Result<String> {
-    let (command, list, field) = if device == DISK {
-        ("served", "served", "/unproven")
+    let (command, list, key) = if device == DISK {
+        ("served", "served", "path")
     } else {
-        ("status", "devices", "/cbt/began")
+        ("status", "devices", "device")
     };
     let answer = agent.json(&[command])?;
-    let key = if device == DISK { "path" } else { "device" };
     let mut devices = answer[list].as_array().into_iter().flatten();
     let found = devices.find(|found| found[key] == device);
     let found = found.with_context(|| format!("{device} is not in {answer}"))?;
-    let why = found.pointer(field).and_then(Value::as_str);
+    let why = found.pointer("/cbt/began").and_then(Value::as_str);
     let why = why.with_context(|| format!("no reason in {found}"))?;
     ensure!(!why.is_empty(), "no reason in {found}");
     Ok(why.to_owned())
