@@ -32,7 +32,7 @@ pub struct Subject {
     tracker: Arc<Tracker>,
 }
 
-/// What became of a node since [`Subject::begin`].
+/// What became of a node in what [`Subject::observe`] was given to do.
 #[derive(Debug)]
 pub struct Seen {
     /// The node.
