@@ -44,6 +44,8 @@ pub(crate) struct Scene {
     pub(crate) daemon: Daemon,
     pub(crate) file: PathBuf,
     pub(crate) size: u64,
+    /// The block device, as the agent told at first. It keeps its name.
+    node: PathBuf,
 }
 
 impl Scene {
@@ -54,8 +56,14 @@ impl Scene {
         let file = daemon.scratch().join(NAME);
         File::create(&file)?.set_len(size)?;
         let told = daemon.run(["serve".as_ref(), file.as_os_str(), "--ublk".as_ref()])?;
-        let scene = Self { daemon, file, size };
+        let mut scene = Self {
+            daemon,
+            file,
+            size,
+            node: PathBuf::new(),
+        };
         let node = scene.node()?;
+        scene.node.clone_from(&node);
         ensure!(told.lines().any(|line| line == node.to_string_lossy()), "{told}");
         let device = scene.device()?;
         ensure!(ioctl::blkgetsize64(&device)? == size);
@@ -63,7 +71,7 @@ impl Scene {
         Ok(scene)
     }
 
-    /// The block device, as the agent tells.
+    /// The block device, as the agent tells now.
     pub(crate) fn node(&self) -> Result<PathBuf> {
         let served = self.daemon.json(["served"])?;
         let node = served["served"][0]["node"].as_str();
@@ -72,7 +80,7 @@ impl Scene {
 
     /// Opened past the page cache.
     pub(crate) fn device(&self) -> Result<File> {
-        open(&self.node()?)
+        open(&self.node)
     }
 
     pub(crate) fn take(&self) -> Result<String> {
