@@ -25,6 +25,9 @@ const KEY_RINGS: [(&str, &[&str]); 2] = [
 /// The name of the configuration file of our own runs of apt.
 const CONFIGURATION: &str = "apt.conf";
 
+/// How often apt asks a mirror again that did not answer.
+const RETRIES: u32 = 4;
+
 /// A mirror in the machine's configuration, and a suite to look into.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
@@ -127,6 +130,8 @@ impl Private {
             // The folder may be below a home that apt's download user can't enter.
             ("APT::Sandbox::User", "root".to_owned()),
             ("Acquire::Languages", "none".to_owned()),
+            ("Acquire::Retries", RETRIES.to_string()),
+            ("Acquire::http::Timeout", "60".to_owned()),
         ]
         .map(|(name, value)| format!("{name} \"{value}\";\n"));
         // What the machine runs after an update is for its own lists.

@@ -99,7 +99,13 @@ pub(crate) fn set_up() -> Result<()> {
     eprintln!("setup: installing {names}");
     let apt = || {
         let mut command = process::command("apt-get");
-        command.env("DEBIAN_FRONTEND", "noninteractive").arg("--quiet");
+        command.env("DEBIAN_FRONTEND", "noninteractive").args([
+            "--quiet",
+            "-o",
+            "Acquire::Retries=4",
+            "-o",
+            "Acquire::http::Timeout=60",
+        ]);
         command
     };
     process::output(apt().arg("update")).context("apt-get has no current lists")?;

@@ -7,6 +7,8 @@ use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Component, Path, PathBuf};
 use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -47,6 +49,10 @@ const SERIES: [Series; 3] = [
         version: "7.",
     },
 ];
+
+/// How often a mirror is asked, beyond what apt itself does, and what is waited for in between.
+const ATTEMPTS: u32 = 3;
+const PAUSE: Duration = Duration::from_secs(5);
 
 /// Folders below `kernel/` of the modules that are kept, and below `kernel/drivers/` those of which there are many.
 const KEPT: [&str; 7] = ["arch", "block", "crypto", "fs", "lib", "mm", "drivers"];
@@ -117,12 +123,24 @@ pub(crate) fn fetch_one(
             }
             Ok(files)
         };
-        match outcome() {
+        match repeatedly(suite, outcome) {
             Ok(files) => return Ok(files),
             Err(error) => refusals.push(format!("{suite}: {error:#}")),
         }
     }
     bail!("no mirror has it ({})", refusals.join("; "))
+}
+
+/// Does it again when it fails: a mirror may be slow, or be in the middle of its own update.
+fn repeatedly<T>(suite: &str, attempt: impl Fn() -> Result<T>) -> Result<T> {
+    for _ in 1..ATTEMPTS {
+        match attempt() {
+            Err(error) => eprintln!("lab: {suite}: {error:#}; trying again"),
+            done => return done,
+        }
+        thread::sleep(PAUSE);
+    }
+    attempt()
 }
 
 fn fetch(series: &Series, folder: &Path) -> Result<Vec<PathBuf>> {
@@ -367,6 +385,17 @@ mod tests {
         ] {
             assert_eq!(place(not), None, "{not}");
         }
+    }
+
+    #[test]
+    fn a_mirror_that_answers_late_is_asked_again() {
+        let asked = std::cell::Cell::new(0);
+        let answer = repeatedly("sid", || {
+            asked.set(asked.get() + 1);
+            ensure!(asked.get() == 2, "no answer");
+            Ok(7)
+        });
+        assert_eq!((answer.unwrap(), asked.get()), (7, 2));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::kernels::{self, Kernel};
 use super::machine::{Bus, Content, Disk, End, Machine, quote};
-use super::results::{Outcome, Results, Tests, read_events};
+use super::results::{Outcome, Results, Tests, read_events, read_times};
 use crate::workspace::{self, Profile};
 
 /// The tests of the lab, by the beginning of their name.
@@ -22,13 +22,28 @@ const LAB: &str = "lab_";
 /// Tests for this machine that are worth their time on other kernels.
 const OTHERS: [&str; 2] = ["oracle", "tracker"];
 
-/// What `short` stands for: the oldest kernel and the newest one, preempted at any place, and tests that end soon.
-const SHORT: (&str, &[&str]) = ("6.1,7.2+full", &["lab_tracking", "tracker"]);
+/// What `short` stands for: the oldest kernel and the newest one, preempted at any place.
+const SHORT: &str = "6.1,7.2+full";
+/// What runs on them: test binaries, and the tests of each that end soon, by their whole names; all without.
+const SHORT_TESTS: [(&str, &[&str]); 3] = [
+    (
+        "lab_tracking",
+        &[
+            "below::md_raid1",
+            "mapper::dm_linear",
+            "misses::writers_that_preempt_each_other",
+            "nvme",
+        ],
+    ),
+    ("oracle", &["ext4", "writes_through_a_disk_and_its_partitions"]),
+    ("tracker", &[]),
+];
 /// What `long` stands for, with all tests.
 const LONG: &str = "6.1,6.12,7.2,7.2+full,fei";
 
-/// The writes that a test of raw devices makes in a guest, see `tests/tests/oracle`.
-const ORACLE_WRITES: (&str, &str) = ("BLKSNAP_ORACLE_WRITES", "10000");
+/// The variable with the writes that a test of raw devices makes in a guest, see `tests/tests/oracle`, then how many
+/// these are by default, and with `short`.
+const ORACLE_WRITES: (&str, u32, u32) = ("BLKSNAP_ORACLE_WRITES", 10_000, 3_000);
 
 /// Variables that a guest's tests have from here.
 const PASSED_ON: [&str; 2] = ["BLKSNAP_SEED", "RUST_LOG"];
@@ -59,12 +74,11 @@ struct Binary {
 /// Builds the tests, runs them on every kernel, and prints what came of them. Fails if a test failed, was lost, or says
 /// that it lacks what it had when the results were kept.
 pub(crate) fn run(wanted: &Wanted<'_>) -> Result<()> {
-    let short: Vec<String> = SHORT.1.iter().map(|name| (*name).to_owned()).collect();
-    let (names, tests) = match (wanted.kernels, wanted.names) {
-        ("short", []) => (SHORT.0, short.as_slice()),
-        ("short", tests) => (SHORT.0, tests),
-        ("long", tests) => (LONG, tests),
-        (names, tests) => (names, tests),
+    let is_short = wanted.kernels == "short";
+    let names = match wanted.kernels {
+        "short" => SHORT,
+        "long" => LONG,
+        names => names,
     };
     super::check()?;
     // A kernel that can't be had is to be known before the time is spent.
@@ -72,6 +86,12 @@ pub(crate) fn run(wanted: &Wanted<'_>) -> Result<()> {
         .split(',')
         .map(|name| kernels::find(name.trim(), false))
         .collect::<Result<Vec<Kernel>>>()?;
+    let quick: Vec<String> = SHORT_TESTS.iter().map(|(name, _)| (*name).to_owned()).collect();
+    let tests = if is_short && wanted.names.is_empty() {
+        quick.as_slice()
+    } else {
+        wanted.names
+    };
     let (chosen, filters) = choose(&binaries()?, tests)?;
     let agent = workspace::build_agent(Profile::Development)?;
     let built = build(&chosen)?;
@@ -86,11 +106,24 @@ pub(crate) fn run(wanted: &Wanted<'_>) -> Result<()> {
     for kernel in &kernels {
         for binary in &built {
             let log = logs.join(format!("{}-{}.log", binary.name, kernel.name.replace('/', "_")));
+            let of_short = SHORT_TESTS.iter().find(|(name, _)| *name == binary.name);
+            let exactly = of_short.map_or(&[][..], |(_, tests)| tests);
             let guest = Guest {
                 kernel,
                 binary,
                 agent: &agent,
                 filters: &filters,
+                // Who names tests gets them.
+                exactly: if is_short && wanted.names.is_empty() {
+                    exactly
+                } else {
+                    &[]
+                },
+                oracle_writes: if is_short {
+                    ORACLE_WRITES.2
+                } else {
+                    ORACLE_WRITES.1
+                },
                 timeout: wanted.timeout,
                 log: &log,
             };
@@ -104,7 +137,7 @@ pub(crate) fn run(wanted: &Wanted<'_>) -> Result<()> {
             results.write(&out)?;
             if wanted.keep {
                 let mut all = before.clone();
-                all.merge(&results, !filters.is_empty());
+                all.merge(&results, is_short || !filters.is_empty());
                 all.write(&kept)?;
             }
         }
@@ -195,6 +228,9 @@ struct Guest<'a> {
     binary: &'a Binary,
     agent: &'a Path,
     filters: &'a [String],
+    /// Tests by their whole names, in place of `filters`.
+    exactly: &'a [&'a str],
+    oracle_writes: u32,
     timeout: Duration,
     log: &'a Path,
 }
@@ -256,6 +292,18 @@ impl Guest<'_> {
             outcome.complaints.len(),
             started.elapsed().as_secs()
         );
+        for (name, seconds) in read_times(&said) {
+            println!("lab: {kernel}: {binary}: {seconds:6.1} s: {name}");
+        }
+        for (name, _) in tests
+            .iter()
+            .filter(|(_, outcome)| matches!(outcome, Outcome::Lost(_)))
+        {
+            println!("lab: {kernel}: {binary}: {name} was lost");
+        }
+        for name in self.exactly.iter().filter(|name| !tests.contains_key(**name)) {
+            bail!("{binary} has no test {name}: it is named in SHORT_TESTS");
+        }
         let release = said.lines().find_map(|line| line.strip_prefix("release "));
         Ok((release.unwrap_or_default().to_owned(), tests))
     }
@@ -267,7 +315,7 @@ impl Guest<'_> {
         };
         let mut environment = vec![
             ("BLKSNAP_AGENT".to_owned(), self.agent.display().to_string()),
-            (ORACLE_WRITES.0.to_owned(), ORACLE_WRITES.1.to_owned()),
+            (ORACLE_WRITES.0.to_owned(), self.oracle_writes.to_string()),
             // What prints libtest's events is not stable yet.
             ("RUSTC_BOOTSTRAP".to_owned(), "1".to_owned()),
         ];
@@ -299,14 +347,20 @@ impl Guest<'_> {
     fn command(&self) -> String {
         let mut command = "echo release $(uname -r); exec ".to_owned();
         command += &quote(&self.binary.file.display().to_string());
-        command += " -Z unstable-options --format json";
+        command += " -Z unstable-options --format json --report-time";
         if self.binary.name.starts_with(LAB) {
             // They share the guest's disks.
             command += " --include-ignored --test-threads 1";
         }
-        for filter in self.filters {
+        let words: Vec<&str> = if self.exactly.is_empty() {
+            self.filters.iter().map(String::as_str).collect()
+        } else {
+            command += " --exact";
+            self.exactly.to_vec()
+        };
+        for word in words {
             command += " ";
-            command += &quote(filter);
+            command += &quote(word);
         }
         command
     }

@@ -242,7 +242,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             ],
             shares: Vec::new(),
             append: Vec::new(),
-            modules: Vec::new(),
+            modules: vec!["loop".to_owned()],
             environment: vec![("BLKSNAP_AGENT".to_owned(), agent.display().to_string())],
             timeout: Duration::from_secs(arguments.timeout),
             console: false,

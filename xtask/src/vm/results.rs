@@ -127,17 +127,26 @@ impl Results {
     }
 }
 
-/// Reads what a test binary said with `--format json`: tests and their outcomes. `lost` is what became of the tests
-/// that began and did not end. A line may begin with what a child of the test printed.
+/// The events of tests that a test binary said with `--format json`. A line may begin with what a child of the test
+/// printed.
+fn events(said: &str) -> impl Iterator<Item = serde_json::Value> {
+    said.lines().filter_map(|line| {
+        let at = line.find("{ \"type\": \"test\"")?;
+        serde_json::from_str(line.get(at..)?).ok()
+    })
+}
+
+/// How long each test took, in seconds, where that was said (`--report-time`).
+pub(crate) fn read_times(said: &str) -> Vec<(String, f64)> {
+    events(said)
+        .filter_map(|event| Some((event["name"].as_str()?.to_owned(), event["exec_time"].as_f64()?)))
+        .collect()
+}
+
+/// The outcomes of the tests. `lost` is what became of those that began and did not end.
 pub(crate) fn read_events(said: &str, lost: &str) -> Tests {
     let mut tests = Tests::new();
-    for line in said.lines() {
-        let Some(event) = line
-            .find("{ \"type\": \"test\"")
-            .and_then(|at| serde_json::from_str::<serde_json::Value>(line.get(at..)?).ok())
-        else {
-            continue;
-        };
+    for event in events(said) {
         let text = |field: &str| event.get(field).and_then(serde_json::Value::as_str);
         let (Some(name), Some(what)) = (text("name"), text("event")) else {
             continue;
@@ -223,6 +232,7 @@ noise of a child{ "type": "test", "name": "a", "event": "ok", "exec_time": 0.1 }
             assert_eq!(tests.get(name), Some(&Outcome::Lost("the guest died".to_owned())));
         }
         assert_eq!(tests.len(), 5);
+        assert_eq!(read_times(SAID), [("a".to_owned(), 0.1)]);
     }
 
     #[test]
