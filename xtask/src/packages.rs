@@ -11,7 +11,7 @@ use nix::unistd::Uid;
 use crate::process;
 
 /// A program, and the package of Debian and Ubuntu that has it.
-const NEEDED: [(&str, &str); 37] = [
+const NEEDED: [(&str, &str); 38] = [
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdfuse", "libnbd-bin"),
@@ -35,7 +35,8 @@ const NEEDED: [(&str, &str); 37] = [
     ("strace", "strace"),
     ("c++", "g++"),
     (LIBCLANG, "libclang-dev"),
-    // Guests, and what they try.
+    // Guests, their kernels, and what they try.
+    (DEBIANS_KEYS, "debian-archive-keyring"),
     ("busybox", "busybox-static"),
     ("modprobe", "kmod"),
     ("setpriv", "util-linux"),
@@ -55,8 +56,17 @@ const NEEDED: [(&str, &str); 37] = [
 /// No program but a library: the feature `ublk` reads a header of the kernel with it when it is built.
 const LIBCLANG: &str = "libclang";
 
-/// Whether a program or the library is there.
+/// No program but the keys by which Debian's kernels are known, which Ubuntu may lack. Which of two endings the file has
+/// depends on the release.
+const DEBIANS_KEYS: &str = "/usr/share/keyrings/debian-archive-keyring";
+
+/// Whether a program, the library or the keys are there.
 fn is_there(program: &str) -> bool {
+    if program == DEBIANS_KEYS {
+        return ["gpg", "pgp"]
+            .iter()
+            .any(|ending| Path::new(program).with_extension(ending).is_file());
+    }
     if program == LIBCLANG {
         return env::var_os("LIBCLANG_PATH").is_some() || has_libclang(Path::new("/usr"));
     }

@@ -50,6 +50,9 @@ const SERIES: [Series; 3] = [
     },
 ];
 
+/// Debian's mirror for who has none configured.
+const DEBIANS_OWN: &str = "http://deb.debian.org/debian/";
+
 /// How often a mirror is asked, beyond what apt itself does, and what is waited for in between.
 const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_secs(5);
@@ -149,13 +152,12 @@ fn fetch(series: &Series, folder: &Path) -> Result<Vec<PathBuf>> {
     })
 }
 
-/// The mirror of Debian that the machine is configured for.
+/// The mirror of Debian that the machine is configured for; on another distribution Debian's own.
 fn mirror() -> Result<String> {
-    apt::configured()?
+    let configured = apt::configured()?
         .into_iter()
-        .find(|place| place.distribution == "debian")
-        .map(|place| place.uri)
-        .context("apt has no mirror of Debian configured, and the kernels are Debian's")
+        .find(|place| place.distribution == "debian");
+    Ok(configured.map_or_else(|| DEBIANS_OWN.to_owned(), |place| place.uri))
 }
 
 /// The address of another archive on the same mirror.
