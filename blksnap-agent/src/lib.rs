@@ -18,6 +18,7 @@
 //! | [`statefile`] | small documents that survive a crash |
 //! | [`seal`] | change maps that go on after a reboot |
 //! | [`storage`] | difference storage |
+//! | [`own`] | files on a served device as difference storage of its snapshots |
 //! | [`snapshot`] | snapshots over several devices, one instant |
 //! | [`backup`] | raw image files, full and incremental |
 //! | [`nbd`] | NBD: protocol core and server |
@@ -39,6 +40,7 @@ pub mod disk;
 pub mod engine;
 pub mod filter;
 pub mod nbd;
+pub mod own;
 pub mod seal;
 pub mod snapshot;
 pub mod statefile;

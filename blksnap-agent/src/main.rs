@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use blksnap_agent::cli;
 use blksnap_agent::disk::watchdog;
+use blksnap_agent::own;
 
 fn main() -> ExitCode {
     // The watchdog takes no part in the command line: it is started by the daemon and has to be small.
@@ -15,6 +16,19 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("{} {}: {error}", cli::PROGRAM, watchdog::SUBCOMMAND);
+                ExitCode::FAILURE
+            }
+        };
+    }
+    // Nor does the process that looks after files on served devices.
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|argument| argument == own::SUBCOMMAND)
+    {
+        return match own::main() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{} {}: {error}", cli::PROGRAM, own::SUBCOMMAND);
                 ExitCode::FAILURE
             }
         };

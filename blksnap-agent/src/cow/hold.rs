@@ -95,6 +95,8 @@ pub struct Hold {
     reserved: Vec<(SnapshotKey, Extent)>,
     /// Units that are wholly in it, by chunk: they belong to nobody's image.
     excluded: HashMap<u64, UnitSet>,
+    /// What was nobody's at the instant of a snapshot: its image may show anything there. Ascending and apart.
+    free: BTreeMap<SnapshotKey, Vec<Extent>>,
     next: u64,
     writing: u64,
 }
@@ -109,6 +111,7 @@ impl Hold {
             busy: HashMap::new(),
             reserved: Vec::new(),
             excluded: HashMap::new(),
+            free: BTreeMap::new(),
             next: 0,
             writing: 0,
         }
@@ -173,6 +176,64 @@ impl Hold {
         snapshots
     }
 
+    /// What was nobody's at the instant of a snapshot, ascending and apart.
+    pub fn set_free(&mut self, snapshot: SnapshotKey, ranges: Vec<Extent>) {
+        self.free.insert(snapshot, ranges);
+    }
+
+    /// As [`Hold::set_free`] was told.
+    #[must_use]
+    pub fn free_of(&self, snapshot: SnapshotKey) -> &[Extent] {
+        self.free.get(&snapshot).map_or(&[], Vec::as_slice)
+    }
+
+    /// The parts of a range that may become difference storage now, ascending: no image shows them from the origin, or
+    /// it may show anything there, and they are no storage yet. While no write is under way.
+    #[must_use]
+    pub fn usable(&self, range: Extent) -> Vec<Extent> {
+        let mut usable: Vec<Extent> = Vec::new();
+        for part in self.layout.split(range.offset, range.length) {
+            let subject = self.subject(&part);
+            for (unit, of_part) in self.layout.units_of(&part) {
+                let bytes = Extent {
+                    offset: of_part.offset,
+                    length: of_part.length,
+                };
+                let busy = self.busy.get(&part.chunk);
+                let is_busy =
+                    busy.is_some_and(|jobs| jobs.iter().any(|(_, units)| !units.and(unit).is_empty()));
+                let is_needed = self.tables.iter().any(|(snapshot, table)| {
+                    let missing = table.missing(part.chunk, subject.and(unit));
+                    !missing.is_empty() && !self.was_free(*snapshot, bytes)
+                });
+                if is_busy || is_needed || !self.stored_in(bytes).is_empty() {
+                    continue;
+                }
+                match usable.last_mut() {
+                    Some(last) if last.end() == bytes.offset => last.length += bytes.length,
+                    _ => usable.push(bytes),
+                }
+            }
+        }
+        usable
+    }
+
+    fn was_free(&self, snapshot: SnapshotKey, range: Extent) -> bool {
+        self.free.get(&snapshot).is_some_and(|free| {
+            let at = free.partition_point(|free| free.end() <= range.offset);
+            free.get(at)
+                .is_some_and(|free| free.offset <= range.offset && range.end() <= free.end())
+        })
+    }
+
+    /// Takes back all that [`Hold::exclude`] was told under this key.
+    pub fn give_back(&mut self, snapshot: SnapshotKey) {
+        if self.reserved.iter().any(|(owner, _)| *owner == snapshot) {
+            self.reserved.retain(|(owner, _)| *owner != snapshot);
+            self.exclude_anew();
+        }
+    }
+
     /// Whether difference storage is on the origin.
     #[must_use]
     pub const fn has_storage(&self) -> bool {
@@ -191,10 +252,8 @@ impl Hold {
     /// # Errors
     /// It is not armed.
     pub fn release(&mut self, snapshot: SnapshotKey) -> Result<Table, HoldError> {
-        if self.reserved.iter().any(|(owner, _)| *owner == snapshot) {
-            self.reserved.retain(|(owner, _)| *owner != snapshot);
-            self.exclude_anew();
-        }
+        self.give_back(snapshot);
+        self.free.remove(&snapshot);
         self.tables.remove(&snapshot).ok_or(HoldError::Unknown)
     }
 
@@ -435,5 +494,73 @@ fn exclude(layout: &ChunkLayout, excluded: &mut HashMap<u64, UnitSet>, range: Ex
             let units = excluded.entry(part.chunk).or_default();
             *units = units.union(whole);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNIT: u64 = 4096;
+    const CHUNK: u64 = 64 * UNIT;
+
+    fn at(offset: u64, length: u64) -> Extent {
+        Extent { offset, length }
+    }
+
+    #[test]
+    fn storage_takes_from_no_image() {
+        let layout = ChunkLayout::new(4 * CHUNK, 18, 9);
+        let mut hold = Hold::new(layout);
+        let all = at(0, 4 * CHUNK);
+        let [older, newer, storage] = [1, 2, 3].map(SnapshotKey);
+        // Nobody holds the device.
+        assert_eq!(hold.usable(all), [all]);
+        assert_eq!(hold.usable(at(100, 512)), [at(100, 512)]);
+        hold.arm(older).unwrap();
+        assert_eq!(hold.usable(all), []);
+        // What was nobody's at the instant may be used, in whole units or in parts.
+        hold.set_free(older, vec![at(UNIT, 2 * UNIT), at(2 * CHUNK, CHUNK)]);
+        assert_eq!(hold.usable(all), [at(UNIT, 2 * UNIT), at(2 * CHUNK, CHUNK)]);
+        assert_eq!(hold.usable(at(512, CHUNK)), [at(UNIT, 2 * UNIT)]);
+        assert_eq!(hold.usable(at(UNIT + 512, 512)), [at(UNIT + 512, 512)]);
+        // Another snapshot may need it.
+        hold.arm(newer).unwrap();
+        assert_eq!(hold.usable(all), []);
+        // What is preserved for it is needed from the origin no more; while it is being preserved it is.
+        let write = ChunkRange {
+            chunk: 2,
+            offset: 2 * CHUNK,
+            length: 4 * UNIT,
+        };
+        let Decision::Copy(job) = hold.begin(&write) else {
+            panic!("the write goes");
+        };
+        assert_eq!(hold.usable(all), []);
+        let outcomes: Vec<_> = job
+            .needs
+            .iter()
+            .map(|_| {
+                Ok(Kept::Slot(Slot {
+                    region: crate::cow::RegionId::new(0),
+                    offset: 0,
+                }))
+            })
+            .collect();
+        hold.settle(&job, &outcomes);
+        assert_eq!(hold.usable(all), [at(2 * CHUNK, 4 * UNIT)]);
+        // Nor is what is storage already.
+        hold.exclude(storage, at(2 * CHUNK + UNIT, UNIT));
+        assert_eq!(hold.stored_in(at(2 * CHUNK, CHUNK)), [storage]);
+        assert_eq!(
+            hold.usable(all),
+            [at(2 * CHUNK, UNIT), at(2 * CHUNK + 2 * UNIT, 2 * UNIT)]
+        );
+        hold.give_back(storage);
+        assert_eq!(hold.usable(all), [at(2 * CHUNK, 4 * UNIT)]);
+        hold.release(newer).unwrap();
+        assert_eq!(hold.usable(all), [at(UNIT, 2 * UNIT), at(2 * CHUNK, CHUNK)]);
+        hold.release(older).unwrap();
+        assert_eq!(hold.usable(all), [all]);
     }
 }

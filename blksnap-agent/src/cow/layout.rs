@@ -157,6 +157,25 @@ impl ChunkLayout {
         })
     }
 
+    /// The units that a range touches, each with its part of the range, in order.
+    pub fn units_of(&self, range: &ChunkRange) -> impl Iterator<Item = (UnitSet, ChunkRange)> + use<> {
+        let (layout, range) = (*self, *range);
+        let start = self.start_of(range.chunk);
+        let first = (range.offset - start) >> self.unit_shift;
+        let last = (range.end() - 1 - start) >> self.unit_shift;
+        (first..=last).map(move |unit| {
+            let from = start + (unit << layout.unit_shift);
+            let offset = from.max(range.offset);
+            let end = (from + layout.unit_bytes()).min(range.end());
+            let part = ChunkRange {
+                chunk: range.chunk,
+                offset,
+                length: end - offset,
+            };
+            (UnitSet::between(unit, unit), part)
+        })
+    }
+
     /// Bytes that a set of units has on the device.
     #[must_use]
     pub fn bytes_of(&self, chunk: u64, units: UnitSet) -> u64 {
@@ -269,6 +288,17 @@ mod tests {
                 }
             }
             prop_assert_eq!(next, offset.max((offset + length).min(layout.size())));
+            for part in layout.split(offset, length) {
+                let mut next = part.offset;
+                let mut units = UnitSet::EMPTY;
+                for (unit, of_part) in layout.units_of(&part) {
+                    prop_assert_eq!((unit.count(), of_part.offset), (1, next));
+                    prop_assert_eq!(layout.touched(&of_part), unit);
+                    next = of_part.end();
+                    units = units.union(unit);
+                }
+                prop_assert_eq!((next, units), (part.end(), layout.touched(&part)));
+            }
         }
 
         #[test]

@@ -6,6 +6,7 @@ use crate::disk::DiskError;
 use crate::disk::extents::ExtentsError;
 use crate::engine::CopyError;
 use crate::filter::converge::ConvergeError;
+use crate::own::HelperError;
 use crate::seal::SealError;
 use crate::snapshot::SnapshotError;
 use crate::statefile::StateFileError;
@@ -72,6 +73,7 @@ impl Tell for ExtentsError {
         match self {
             Self::Open { .. } | Self::NotFile(_) | Self::OtherDevice { .. } => Code::InvalidRequest,
             Self::Kind { .. } => Code::Unsupported,
+            Self::NotOwn { .. } => Code::InvalidRequest,
             Self::NoPlace { .. } => Code::Busy,
             Self::Map { source, .. } => match source.raw_os_error() {
                 Some(libc::EOPNOTSUPP) => Code::Unsupported,
@@ -91,6 +93,7 @@ impl Tell for StorageError {
             | Self::LogicalBlock { .. }
             | Self::Range { .. }
             | Self::Origin { .. }
+            | Self::NotServed { .. }
             | Self::Name(_) => Code::InvalidRequest,
             Self::Directory { source, .. } | Self::Create { source, .. } | Self::Io { source, .. } => {
                 of_io(source)
@@ -99,6 +102,16 @@ impl Tell for StorageError {
             Self::Disk(error) => error.code(),
             Self::NoDevice(_) | Self::Extents(_) => Code::Unsupported,
             Self::Volatile(_) | Self::Misplaced(_) => Code::Io,
+        }
+    }
+}
+
+impl Tell for HelperError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Process(source) => of_io(source),
+            Self::Silent => Code::Busy,
+            Self::Refused(_) => Code::InvalidRequest,
         }
     }
 }
@@ -144,6 +157,9 @@ impl Tell for SnapshotError {
             Self::Document(error) => error.code(),
             Self::State { source, .. } => of_io(source),
             Self::Journal(_) | Self::Served(_) => Code::Io,
+            Self::Own(error) => error.code(),
+            Self::OwnNeeded { .. } | Self::OwnMoved { .. } => Code::Busy,
+            Self::OwnDevice { .. } => Code::InvalidRequest,
             Self::Storage(error) => error.code(),
             Self::Tracker(error) => error.code(),
             Self::Converge(error) => error.code(),

@@ -215,7 +215,7 @@ pub(crate) fn device_number(dev: u64) -> DeviceId {
 }
 
 /// The directory of a device in sysfs, symbolic links resolved, so that its parent is the disk of a partition.
-pub(super) fn sysfs_directory(id: DeviceId) -> io::Result<PathBuf> {
+pub(crate) fn sysfs_directory(id: DeviceId) -> io::Result<PathBuf> {
     Path::new("/sys/dev/block").join(id.to_string()).canonicalize()
 }
 

@@ -68,6 +68,17 @@ pub enum ExtentsError {
         /// What it is.
         why: &'static str,
     },
+    /// The file has no block of its own for some of its bytes.
+    #[error(
+        "{} can't be difference storage: {why}; make a new one with `fallocate -l SIZE`, or give a directory",
+        path.display()
+    )]
+    NotOwn {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong.
+        why: &'static str,
+    },
     /// The kernel does not tell.
     #[error("can't ask where {} is: {source}; give ranges of the device", path.display())]
     Map {
@@ -117,6 +128,78 @@ pub fn of_open_file(file: &File, path: &Path) -> Result<(DeviceId, Vec<Extent>),
         source,
     })?;
     Ok((device_number(metadata.dev()), find(file, path, 0)?))
+}
+
+/// The ranges of its file system's device that hold `file`, in the order of the file, if all its bytes have blocks that
+/// are the file's alone and hold nothing but them: who writes to these ranges writes to this file. Those that touch are
+/// one. The path is for messages.
+///
+/// # Errors
+/// See [`ExtentsError`].
+pub fn of_own_file(file: &File, path: &Path) -> Result<Vec<Extent>, ExtentsError> {
+    check_kind(file, path)?;
+    let length = file.metadata().map_err(|source| ExtentsError::Open {
+        path: path.to_owned(),
+        source,
+    });
+    let length = length?.len();
+    sync(file, path)?;
+    let extents = fiemap::fiemap(file).map_err(|errno| ExtentsError::Map {
+        path: path.to_owned(),
+        source: errno.into(),
+    })?;
+    own_ranges(&extents, length).map_err(|why| ExtentsError::NotOwn {
+        path: path.to_owned(),
+        why,
+    })
+}
+
+/// The ranges of a file of `length` bytes that is all there, or why it is not.
+fn own_ranges(extents: &[FileExtent], length: u64) -> Result<Vec<Extent>, &'static str> {
+    /// What says that a range has bytes of others, or not those of the file.
+    const WRONG: [(ExtentFlags, &str); 8] = [
+        (
+            ExtentFlags::DATA_INLINE,
+            "its bytes are among the file system's own",
+        ),
+        (ExtentFlags::DATA_TAIL, "it shares a block with other files"),
+        (
+            ExtentFlags::SHARED,
+            "other files share blocks with it (a copy by reference, or a snapshot)",
+        ),
+        (ExtentFlags::DATA_ENCRYPTED, "it is encrypted"),
+        (ExtentFlags::ENCODED, "it is compressed or encrypted"),
+        (ExtentFlags::DELALLOC, "a part of it is not allocated yet"),
+        (
+            ExtentFlags::UNKNOWN,
+            "a part of it has no place that could be told",
+        ),
+        (ExtentFlags::NOT_ALIGNED, "it does not have whole blocks"),
+    ];
+    let mut found: Vec<Extent> = Vec::new();
+    let mut next = 0;
+    for extent in extents {
+        if let Some((_, why)) = WRONG.iter().find(|(flag, _)| extent.flags.intersects(*flag)) {
+            return Err(why);
+        }
+        if extent.logical > next {
+            return Err("it has holes");
+        }
+        next = extent.logical.checked_add(extent.length).ok_or("out of range")?;
+        let end = extent.physical.checked_add(extent.length).ok_or("out of range")?;
+        match found.last_mut() {
+            Some(last) if last.end() == extent.physical => last.length = end - last.offset,
+            _ => found.push(Extent {
+                offset: extent.physical,
+                length: extent.length,
+            }),
+        }
+    }
+    if next < length {
+        return Err("it has holes");
+    }
+    found.retain(|range| range.length > 0);
+    Ok(found)
 }
 
 /// Refuses file systems whose addresses are not known to be bytes of their device.
@@ -293,6 +376,47 @@ mod tests {
             pairs(&[extent(u64::MAX, 512, ExtentFlags::empty())], 0),
             Err("out of range")
         );
+    }
+
+    #[test]
+    fn a_file_that_is_all_its_own_has_all_its_ranges() {
+        let piece = |logical, physical, length, flags| FileExtent {
+            logical,
+            physical,
+            length,
+            flags,
+        };
+        let unwritten = ExtentFlags::UNWRITTEN;
+        let whole = [
+            piece(0, 65536, 4096, unwritten),
+            piece(4096, 69632, 4096, ExtentFlags::empty()),
+            piece(8192, 8192, 4096, unwritten | ExtentFlags::LAST),
+        ];
+        let at = |offset, length| Extent { offset, length };
+        assert_eq!(
+            own_ranges(&whole, 12000),
+            Ok(vec![at(65536, 8192), at(8192, 4096)])
+        );
+        assert_eq!(own_ranges(&[], 0), Ok(Vec::new()));
+        let holes = Err("it has holes");
+        assert_eq!(own_ranges(&whole, 12289), holes);
+        assert_eq!(own_ranges(&whole[1..], 12288), holes);
+        assert_eq!(own_ranges(&[whole[0], whole[2]], 12288), holes);
+        for flags in [
+            ExtentFlags::SHARED,
+            ExtentFlags::DATA_INLINE | ExtentFlags::NOT_ALIGNED,
+            ExtentFlags::DELALLOC,
+            ExtentFlags::UNKNOWN,
+            ExtentFlags::ENCODED,
+            ExtentFlags::DATA_ENCRYPTED,
+            ExtentFlags::DATA_TAIL,
+        ] {
+            assert!(
+                own_ranges(&[piece(0, 4096, 4096, flags)], 4096).is_err(),
+                "{flags:?}"
+            );
+        }
+        assert!(own_ranges(&[piece(0, u64::MAX, 4096, unwritten)], 4096).is_err());
     }
 
     #[test]

@@ -141,6 +141,16 @@ impl Table {
     /// and through loop devices to the file systems that hold their files.
     #[must_use]
     pub fn beneath(&self, mount: &Mount) -> BTreeSet<DeviceId> {
+        self.foundations(mount).0
+    }
+
+    /// The block devices that a file system stands on, by the same ways; a partition stands on its disk.
+    #[must_use]
+    pub fn devices_beneath(&self, mount: &Mount) -> BTreeSet<DeviceId> {
+        self.foundations(mount).1
+    }
+
+    fn foundations(&self, mount: &Mount) -> (BTreeSet<DeviceId>, BTreeSet<DeviceId>) {
         let mut superblocks = BTreeSet::from([mount.superblock]);
         let mut devices = BTreeSet::new();
         let mut queue = block_devices_of(mount);
@@ -150,13 +160,7 @@ impl Table {
             }
             let Ok(sysfs) = sysfs_directory(id) else { continue };
             queue.extend(links_to_devices(&sysfs.join("slaves")));
-            // A partition stands on its disk.
-            let disk = if sysfs.join("partition").exists() {
-                sysfs.parent().map(Path::to_owned)
-            } else {
-                None
-            };
-            queue.extend(disk.and_then(|disk| read_id(&disk.join("dev"))));
+            queue.extend(disk_of_partition(&sysfs));
             let Some(lower) = self.of_loop_device(&sysfs) else {
                 continue;
             };
@@ -164,7 +168,7 @@ impl Table {
                 queue.extend(block_devices_of(lower));
             }
         }
-        superblocks
+        (superblocks, devices)
     }
 
     /// The mount that holds the file of a loop device.
@@ -203,7 +207,7 @@ fn mount_of(file: impl AsFd) -> io::Result<u64> {
 }
 
 /// The block devices that the file system of a mount is directly on.
-fn block_devices_of(mount: &Mount) -> Vec<DeviceId> {
+pub(crate) fn block_devices_of(mount: &Mount) -> Vec<DeviceId> {
     if mount.superblock.major != 0 {
         return vec![mount.superblock];
     }
@@ -226,6 +230,15 @@ fn block_devices_of(mount: &Mount) -> Vec<DeviceId> {
         );
     }
     devices
+}
+
+/// The disk of a partition, by its directory in sysfs; none for what is no partition.
+pub(crate) fn disk_of_partition(sysfs: &Path) -> Option<DeviceId> {
+    sysfs
+        .join("partition")
+        .exists()
+        .then(|| read_id(&sysfs.parent()?.join("dev")))
+        .flatten()
 }
 
 fn block_device_at(path: &Path) -> Option<DeviceId> {

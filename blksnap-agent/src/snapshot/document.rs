@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::engine::cow::Promise;
 use crate::statefile::{self, Format, StateFileError};
 use crate::storage::StorageSpec;
-use crate::units::{Generation, SnapshotId};
+use crate::units::{Extent, Generation, SnapshotId};
 
 const FORMAT: Format = Format {
     name: "blksnap-held-snapshot",
@@ -35,6 +35,9 @@ pub(super) struct MemberDocument {
     pub(super) session: Uuid,
     /// The time before that, if it was held then, too: an agent that ended before it took a write left that one.
     pub(super) session_before: Option<Uuid>,
+    /// What was nobody's at the instant and may become difference storage: the longest ranges.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) free: Vec<Extent>,
 }
 
 impl MemberDocument {

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use crate::engine::cow::journal::JournalError;
 use crate::filter::converge::ConvergeError;
 use crate::filter::served::TakeError;
+use crate::own::HelperError;
 use crate::statefile::StateFileError;
 use crate::storage::StorageError;
 use crate::tracker::TrackerError;
@@ -87,6 +88,38 @@ pub enum SnapshotError {
     /// The difference storage.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// A file on a served device.
+    #[error(transparent)]
+    Own(#[from] HelperError),
+    /// It has no blocks that could be used.
+    #[error(
+        "can't use {} as difference storage: its blocks are in pieces shorter than a chunk, or snapshots that are held may need what was there; free some space, or give a place on another device",
+        path.display()
+    )]
+    OwnNeeded {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It does not stay where it is.
+    #[error(
+        "can't use {} as difference storage: the file system moved it; try again when nobody does",
+        path.display()
+    )]
+    OwnMoved {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It is on a served device that is not in the snapshot.
+    #[error(
+        "can't use {} as difference storage: it is on {device}, which is served and not in the snapshot, so that the agent would wait for itself; add the device, or give a place on another one",
+        path.display()
+    )]
+    OwnDevice {
+        /// The file or directory.
+        path: PathBuf,
+        /// Name of the device.
+        device: String,
+    },
     /// The tracker.
     #[error(transparent)]
     Tracker(#[from] TrackerError),
@@ -121,9 +154,14 @@ impl SnapshotError {
                 Errno::ETIME
             }
             Self::Tracker(TrackerError::NotAttached(_)) => Errno::ENODEV,
-            Self::Mixed { .. } | Self::OneDirectory { .. } | Self::NotAppendable(_) => Errno::EINVAL,
+            Self::Mixed { .. }
+            | Self::OneDirectory { .. }
+            | Self::NotAppendable(_)
+            | Self::OwnDevice { .. } => Errno::EINVAL,
+            Self::OwnNeeded { .. } | Self::OwnMoved { .. } => Errno::EBUSY,
             Self::State { source, .. } => source.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
             Self::Storage(_)
+            | Self::Own(_)
             | Self::Tracker(_)
             | Self::Converge(_)
             | Self::Journal(_)

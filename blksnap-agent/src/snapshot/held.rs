@@ -9,14 +9,15 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::stat::{major, minor};
 
 use super::document::{Document, MemberDocument, journal_path};
 use super::events::{EventData, Events};
-use super::owner::{Content, Image};
+use super::files::{Devices, FileInUse, NewFile, next_key};
+use super::owner::{Command, Content, Image};
 use super::{Member, SnapshotError, own, places};
 use crate::cbt::Taken;
 use crate::cow::{SnapshotKey, SpaceEvent, Taken as TakenSlot};
@@ -66,9 +67,6 @@ pub struct HoldPlace {
     pub boot: String,
 }
 
-/// Numbers of snapshots in the core.
-static NEXT_KEY: AtomicU64 = AtomicU64::new(1);
-
 /// A held snapshot.
 #[derive(Debug)]
 pub(super) struct Held {
@@ -76,6 +74,13 @@ pub(super) struct Held {
     document: Document,
     pool: Arc<Pool>,
     images: Vec<ServedImage>,
+}
+
+/// What goes on.
+pub(super) struct Resumed {
+    pub(super) held: Held,
+    pub(super) images: Vec<Image>,
+    pub(super) files: Vec<Arc<FileInUse>>,
 }
 
 /// Tells whoever waits for events of a snapshot that an image is lost.
@@ -106,10 +111,15 @@ impl Broken for Tell {
     }
 }
 
-/// A pool whose events go to a queue.
-pub(super) fn pool_events(events: &Arc<Events>) -> Arc<dyn Fn(SpaceEvent) + Send + Sync> {
-    let events = Arc::clone(events);
+/// A pool whose events go to who waits for them, and to the owner.
+pub(super) fn pool_events(
+    events: &Arc<Events>,
+    owner: &Sender<Command>,
+) -> Arc<dyn Fn(SpaceEvent) + Send + Sync> {
+    let (events, owner) = (Arc::clone(events), owner.clone());
     Arc::new(move |SpaceEvent::LowFreeSpace { requested }| {
+        // One that is gone needs no space.
+        let _ = owner.send(Command::Low(requested));
         events.send(EventData::LowFreeSpace {
             requested: Sectors::new(requested / SECTOR_BYTES),
         });
@@ -126,6 +136,8 @@ impl Held {
         options: &HoldOptions,
         place: &HoldPlace,
         events: &Arc<Events>,
+        files: &[Arc<FileInUse>],
+        free: &[Option<SnapshotKey>],
     ) -> Result<(Self, Vec<Image>), SnapshotError> {
         let directory = match (&place.directory, options.promise) {
             (Some(directory), Promise::AgentCrash | Promise::PowerCut) => {
@@ -168,6 +180,7 @@ impl Held {
                 pool: &pool,
                 journal,
                 excluded: own::ranges_of(&specs, served),
+                free: free.get(number).copied().flatten(),
             };
             members.push(served::Member {
                 served: Arc::clone(served),
@@ -175,6 +188,12 @@ impl Held {
             });
         }
         let taken = served::take(&members)?;
+        for (file, member) in files
+            .iter()
+            .flat_map(|file| taken.iter().map(move |member| (file, member)))
+        {
+            file.used_by(&member.image);
+        }
         let now = SystemTime::now();
         let document = Document {
             id,
@@ -188,7 +207,7 @@ impl Held {
             storage: pool.specs(),
             members: taken
                 .iter()
-                .map(|member| document_of(member.image.served(), &member.taken))
+                .map(|member| document_of(&member.image, &member.taken))
                 .collect(),
         };
         let held = Self {
@@ -221,7 +240,9 @@ impl Held {
         place: &HoldPlace,
         options: &HoldOptions,
         events: &Arc<Events>,
-    ) -> Result<(Self, Vec<Image>), Unfinished> {
+        owner: &Sender<Command>,
+        files: Option<&Arc<dyn Devices>>,
+    ) -> Result<Resumed, Unfinished> {
         let survived = document.stopped
             || (document.boot == place.boot && !place.boot.is_empty())
             || document.promise == Promise::PowerCut;
@@ -267,10 +288,16 @@ impl Held {
                 })
             })
             .collect();
+        let storage = document.storage.clone();
+        let files = own::files_again(&storage, devices, files);
         let pool = Pool::reopen(
             pool_options(document.minimum, document.autogrow, devices),
-            pool_events(events),
+            pool_events(events, owner),
             &document.storage,
+            &|own| {
+                let of_it = |(known, _): &&(_, _)| *known == own;
+                files.iter().find(of_it).map(|(_, file)| file.place())
+            },
             taken,
         )
         .map_err(|error| Unfinished::Storage(error.to_string()))?;
@@ -290,6 +317,7 @@ impl Held {
                 pool: &held.pool,
                 journal: Some(journal),
                 excluded: own::ranges_of(&held.document.storage, served),
+                free: None,
             };
             let store = new_store(held.document.id, served, parts, &options, events);
             let resumed = served.resume(Arc::new(store), table);
@@ -305,6 +333,12 @@ impl Held {
                 }
             }
         }
+        for (image, member) in held.images.iter().zip(&held.document.members) {
+            let origin = image.served().origin();
+            origin.set_free(image.image().key(), member.free.clone());
+            files.iter().for_each(|(_, file)| file.used_by(image));
+        }
+        let files: Vec<_> = files.into_iter().map(|(_, file)| file).collect();
         for (member, served) in held.document.members.iter_mut().zip(devices) {
             member.session = served.session();
             member.session_before = served.session_before();
@@ -333,7 +367,17 @@ impl Held {
                     image(image_of, taken, read_map)
                 })
                 .collect();
-        Ok((held, images))
+        Ok(Resumed { held, images, files })
+    }
+
+    /// The parameters it was created with, others as given.
+    pub(super) fn options(&self, others: &HoldOptions) -> HoldOptions {
+        HoldOptions {
+            promise: self.document.promise,
+            minimum: self.document.minimum,
+            autogrow: self.document.autogrow,
+            ..others.clone()
+        }
     }
 
     /// Its storage.
@@ -356,6 +400,23 @@ impl Held {
         }
         self.document.storage = self.pool.specs();
         self.write()
+    }
+
+    /// Adds a file on a device. The next agent is told before it is used.
+    pub(super) fn append_file(&mut self, made: &NewFile) -> Result<(), SnapshotError> {
+        self.images.iter().for_each(|image| made.in_use.used_by(image));
+        let before = self.document.storage.clone();
+        self.document.storage.push(StorageSpec::Own(made.spec.clone()));
+        let added = self.write().and_then(|()| {
+            let added = self.pool.append_own(made.spec.clone(), made.in_use.place());
+            added.map_err(Into::into)
+        });
+        if added.is_err() {
+            self.document.storage = before;
+            // A place that is written down and not used harms nobody.
+            let _ = self.write();
+        }
+        added
     }
 
     /// Ends it.
@@ -507,6 +568,8 @@ struct Parts<'a> {
     journal: Option<Journal>,
     /// Storage that is on the member itself.
     excluded: Vec<Extent>,
+    /// Key of what is watched of the member.
+    free: Option<SnapshotKey>,
 }
 
 fn new_store(
@@ -516,7 +579,7 @@ fn new_store(
     options: &HoldOptions,
     events: &Arc<Events>,
 ) -> Store {
-    let key = SnapshotKey(NEXT_KEY.fetch_add(1, Ordering::Relaxed));
+    let key = next_key();
     Store::new(
         key,
         Arc::clone(parts.pool) as Arc<dyn DiffStorage>,
@@ -526,6 +589,7 @@ fn new_store(
             buffers: options.buffers,
             journal: parts.journal,
             excluded: parts.excluded,
+            free: parts.free,
             broken: Arc::new(Tell {
                 id,
                 events: Arc::clone(events),
@@ -563,7 +627,17 @@ pub(super) fn kept(spec: &StorageSpec, id: SnapshotId, promise: Promise) -> Stor
     }
 }
 
-fn document_of(served: &Served, taken: &Taken) -> MemberDocument {
+/// Most ranges of what was free that are written down: the others can't become storage after a restart.
+const MOST_FREE: usize = 4096;
+
+fn document_of(image: &ServedImage, taken: &Taken) -> MemberDocument {
+    let served = image.served();
+    let mut free = served.origin().free_of(image.image().key());
+    if free.len() > MOST_FREE {
+        free.sort_unstable_by_key(|range| std::cmp::Reverse(range.length));
+        free.truncate(MOST_FREE);
+        free.sort_unstable();
+    }
     let layout = served.origin().layout();
     MemberDocument {
         name: served.name().to_owned(),
@@ -574,6 +648,7 @@ fn document_of(served: &Served, taken: &Taken) -> MemberDocument {
         number: taken.number,
         session: served.session(),
         session_before: None,
+        free,
     }
 }
 

@@ -16,6 +16,8 @@
 mod document;
 mod error;
 mod events;
+mod files;
+mod growth;
 mod held;
 mod member;
 mod own;
@@ -25,6 +27,7 @@ mod registry;
 
 pub use error::SnapshotError;
 pub use events::{Event, EventData, Events, Waited};
+pub use files::Devices;
 pub use held::{HoldOptions, HoldPlace};
 pub use member::{FilterKind, Member, MemberId};
 pub use owner::{Content, Image, Info, State, TakeOptions};

@@ -1,8 +1,11 @@
 //! Own: difference storage that is on a snapshotted device itself.
 
+use std::sync::Arc;
+
+use super::files::{Devices, FileInUse};
 use crate::disk::BlockDevice;
 use crate::filter::served::Served;
-use crate::storage::StorageSpec;
+use crate::storage::{Own, StorageSpec};
 use crate::units::{Extent, SECTOR_BYTES};
 
 /// What these places have of a served block device, in bytes from its beginning. An image file has no sectors that
@@ -31,6 +34,22 @@ pub(super) fn ranges_of(specs: &[StorageSpec], served: &Served) -> Vec<Extent> {
         }
     }
     own
+}
+
+/// The files on the devices that an agent before has made, with what is written down of them.
+pub(super) fn files_again<'a>(
+    specs: &'a [StorageSpec],
+    devices: &[Arc<Served>],
+    all: Option<&Arc<dyn Devices>>,
+) -> Vec<(&'a Own, Arc<FileInUse>)> {
+    let again = |spec: &'a StorageSpec| {
+        let StorageSpec::Own(own) = spec else {
+            return None;
+        };
+        let served = devices.iter().find(|served| served.name() == own.device)?;
+        Some((own, FileInUse::again(own, served, all?)?))
+    };
+    specs.iter().filter_map(again).collect()
 }
 
 /// The part of a range of a device that begins at byte `from` of its disk that is on the origin, which begins at byte

@@ -6,13 +6,16 @@ use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, SystemTime};
 
 use super::events::Events;
+use super::files::{Devices, FileInUse, Files, NewFile, Watch};
 use super::held::{Held, HoldOptions, HoldPlace, kept, pool_events, pool_options};
 use super::{Member, SnapshotError, places};
 use crate::cbt::{ReadMap, Taken};
+use crate::cow::SnapshotKey;
 use crate::disk::BlockDevice;
 use crate::engine::{CancelToken, FileSink, Progress};
 use crate::filter::converge::{self, Consistency, Converged, FreezeHook, Initial, Limits, Target};
 use crate::filter::served::{Served, ServedImage};
+use crate::own::Helper;
 use crate::storage::{DirStorage, Pool, StorageSpec, Usage};
 use crate::tracker::{TrackedDevice, Tracker};
 use crate::units::SnapshotId;
@@ -105,6 +108,10 @@ pub(super) enum Command {
     Destroy(Sender<()>),
     /// The agent ends: what can go on with the next one is left for it.
     Leave(Sender<()>),
+    /// Less space is left than there should be.
+    Low(u64),
+    /// A file that the storage grows by was made, or could not be.
+    Grown(Result<NewFile, SnapshotError>),
     /// The take that was started has ended.
     Finished(Result<Outcome, SnapshotError>),
 }
@@ -139,6 +146,15 @@ pub(super) struct Owner {
     /// Storage of held devices; made when the first is there.
     pub(super) pool: Option<Arc<Pool>>,
     pub(super) held: Option<Held>,
+    /// What makes files on the devices themselves; none: nothing can.
+    pub(super) files: Option<Files>,
+    pub(super) files_in_use: Vec<Arc<FileInUse>>,
+    /// Until the take.
+    pub(super) watches: Vec<Watch>,
+    /// A file is being made.
+    pub(super) growing: bool,
+    /// Bytes that were asked for while it was.
+    pub(super) asked: Option<u64>,
     /// For the end of a take.
     pub(super) queue: Sender<Command>,
     running: Option<Running>,
@@ -156,11 +172,19 @@ pub(super) struct Start {
     pub(super) place: HoldPlace,
     pub(super) tracker: Arc<Tracker>,
     pub(super) events: Arc<Events>,
+    pub(super) devices: Option<Arc<dyn Devices>>,
     pub(super) queue: Sender<Command>,
 }
 
 impl Owner {
     pub(super) fn new(start: Start) -> Self {
+        let files = start.devices.zip(start.place.directory.clone());
+        let files = files.map(|(devices, root)| Files {
+            id: start.id,
+            root,
+            helper: Helper::default(),
+            devices,
+        });
         Self {
             info: Info {
                 id: start.id,
@@ -179,6 +203,11 @@ impl Owner {
             events: start.events,
             pool: None,
             held: None,
+            files,
+            files_in_use: Vec::new(),
+            watches: Vec::new(),
+            growing: false,
+            asked: None,
             queue: start.queue,
             running: None,
             destroying: Vec::new(),
@@ -207,6 +236,11 @@ impl Owner {
                 }
                 Command::Destroy(reply) => self.end(reply, false),
                 Command::Leave(reply) => self.end(reply, true),
+                Command::Low(requested) if self.growing || self.running.is_some() => {
+                    self.asked = Some(requested.max(self.asked.unwrap_or(0)));
+                }
+                Command::Low(requested) => self.low(requested),
+                Command::Grown(made) => self.grown(made),
                 Command::Finished(result) => self.finish(result),
             }
             if self.running.is_none() && !self.destroying.is_empty() {
@@ -220,6 +254,10 @@ impl Owner {
             (Some(held), true) => held.leave(),
             (Some(held), false) => held.destroy(),
             (None, _) => self.discard(),
+        }
+        // Where the devices answer no more, the next agent removes what is not written down.
+        if !self.leaving {
+            self.release_files();
         }
         self.events.close();
         drop(self);
@@ -287,26 +325,28 @@ impl Owner {
             });
         }
         if let (Member::Served(served), None) = (&device, &self.pool) {
-            self.pool = Some(self.make_pool(&[Arc::clone(served)])?);
+            self.make_pool(&[Arc::clone(served)])?;
         }
         self.info.devices.push(device);
         Ok(self.info_now())
     }
 
-    fn make_pool(&self, devices: &[Arc<Served>]) -> Result<Arc<Pool>, SnapshotError> {
+    fn make_pool(&mut self, devices: &[Arc<Served>]) -> Result<(), SnapshotError> {
         let options = pool_options(self.options.minimum, self.options.autogrow, devices);
-        let pool = Pool::new(options, pool_events(&self.events));
-        for spec in &self.info.storage {
-            pool.append(&self.keep(spec)?).inspect_err(|_| {
+        let pool = Arc::new(Pool::new(options, pool_events(&self.events, &self.queue)));
+        for spec in &self.info.storage.clone() {
+            self.give(&pool, spec).inspect_err(|_| {
                 // Those before it.
                 let _ = pool.remove_kept();
+                self.release_files();
             })?;
         }
-        Ok(Arc::new(pool))
+        self.pool = Some(pool);
+        Ok(())
     }
 
     /// Storage as this snapshot has it, noted for the next agent if it outlives this one.
-    fn keep(&self, spec: &StorageSpec) -> Result<StorageSpec, SnapshotError> {
+    pub(super) fn keep(&self, spec: &StorageSpec) -> Result<StorageSpec, SnapshotError> {
         let id = self.info.id;
         let spec = kept(spec, id, self.options.promise);
         if let Some(root) = &self.place.directory {
@@ -317,14 +357,8 @@ impl Owner {
 
     fn append(&mut self, spec: &StorageSpec) -> Result<Info, SnapshotError> {
         let id = self.info.id;
-        match &self.pool {
-            Some(pool) => {
-                let spec = self.keep(spec)?;
-                match &mut self.held {
-                    Some(held) => held.append(&spec)?,
-                    None => pool.append(&spec)?,
-                }
-            }
+        match self.pool.clone() {
+            Some(pool) => self.give(&pool, spec)?,
             None if self.info.devices.is_empty() => self.info.storage.push(spec.clone()),
             None => return Err(SnapshotError::NotAppendable(id)),
         }
@@ -379,6 +413,11 @@ impl Owner {
     /// How it is taken.
     fn plan(&self, take: &Take) -> Result<Plan, SnapshotError> {
         if let Some(pool) = &self.pool {
+            for spec in pool.specs() {
+                if let StorageSpec::Own(own) = spec {
+                    self.check_member(&own)?;
+                }
+            }
             let served = |member: &Member| match member {
                 Member::Served(served) => Some(Arc::clone(served)),
                 Member::Tracked(_) => None,
@@ -391,6 +430,8 @@ impl Owner {
                 options: self.options.clone(),
                 place: self.place.clone(),
                 events: Arc::clone(&self.events),
+                files: self.files_in_use.clone(),
+                free: self.free_keys(),
             }));
         }
         let [
@@ -416,6 +457,15 @@ impl Owner {
         }))
     }
 
+    /// What is watched of the devices, in their order.
+    fn free_keys(&self) -> Vec<Option<SnapshotKey>> {
+        let of = |member: &Member| match member {
+            Member::Served(served) => self.watches.iter().find_map(|watch| watch.key_of(served)),
+            Member::Tracked(_) => None,
+        };
+        self.info.devices.iter().map(of).collect()
+    }
+
     fn finish(&mut self, result: Result<Outcome, SnapshotError>) {
         let Some(running) = self.running.take() else {
             return;
@@ -427,6 +477,10 @@ impl Owner {
                 self.info.devices = images.iter().map(|image| image.member.clone()).collect();
                 self.info.images = images.into_iter().map(Arc::new).collect();
                 self.held = held;
+                self.watches.clear();
+                if let Some(requested) = self.asked.take() {
+                    self.low(requested);
+                }
                 Ok(self.info_now())
             }
             Err(error) => {
@@ -477,6 +531,8 @@ struct Hold {
     options: HoldOptions,
     place: HoldPlace,
     events: Arc<Events>,
+    files: Vec<Arc<FileInUse>>,
+    free: Vec<Option<SnapshotKey>>,
 }
 
 impl Hold {
@@ -489,6 +545,8 @@ impl Hold {
             &self.options,
             &self.place,
             &self.events,
+            &self.files,
+            &self.free,
         )?;
         Ok(Outcome {
             images,

@@ -3,6 +3,8 @@
 //! Such a file has a name, so that the next agent finds it. An agent that is killed within a take, or while it destroys
 //! a snapshot, leaves files of a snapshot that is written down no more: these notes lead the next agent to them. It
 //! removes only what has the name of that snapshot.
+//!
+//! Files on served devices ([`crate::own`]) have notes of their own: they are removed when the devices answer again.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -12,11 +14,14 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use crate::own::Kept;
 use crate::storage::StorageSpec;
 use crate::units::SnapshotId;
 
 /// What the names of notes end with.
 const SUFFIX: &str = "storage";
+/// And those of notes of files on served devices.
+const OWN_SUFFIX: &str = "own";
 
 fn path(root: &Path, id: SnapshotId) -> PathBuf {
     root.join(format!("{id}.{SUFFIX}"))
@@ -24,7 +29,63 @@ fn path(root: &Path, id: SnapshotId) -> PathBuf {
 
 /// Whether this is one of the notes.
 pub(super) fn is_note(path: &Path) -> bool {
-    path.extension() == Some(OsStr::new(SUFFIX))
+    let suffixes = [SUFFIX, OWN_SUFFIX].map(OsStr::new);
+    path.extension().is_some_and(|suffix| suffixes.contains(&suffix))
+}
+
+fn own_path(root: &Path, id: SnapshotId) -> PathBuf {
+    root.join(format!("{id}.{OWN_SUFFIX}"))
+}
+
+/// Notes a file on a served device that is about to be made or used.
+///
+/// # Errors
+/// It can't be noted.
+pub(super) fn note_own(root: &Path, id: SnapshotId, kept: &Kept) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(root)?;
+    let mut line = serde_json::to_vec(kept)?;
+    line.push(b'\n');
+    let mut file = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(own_path(root, id))?;
+    file.write_all(&line)?;
+    file.sync_data()
+}
+
+/// The files of a snapshot on served devices. A line that was not written to its end is of a file that was not made.
+///
+/// # Errors
+/// The note can't be read.
+pub(super) fn own_files(root: &Path, id: SnapshotId) -> io::Result<Vec<Kept>> {
+    match fs::read_to_string(own_path(root, id)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => Ok(read?
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect()),
+    }
+}
+
+/// Those files are let go.
+pub(super) fn forget_own(root: &Path, id: SnapshotId) {
+    match fs::remove_file(own_path(root, id)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(snapshot = %id, %error, "the note of its files stays");
+        }
+        _ => {}
+    }
+}
+
+/// Snapshots of which there are notes of files on served devices.
+pub(super) fn own_notes(root: &Path) -> Vec<SnapshotId> {
+    let entries = fs::read_dir(root).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path())
+        .filter(|path| path.extension() == Some(OsStr::new(OWN_SUFFIX)))
+        .filter_map(|path| path.file_stem()?.to_str()?.parse().ok())
+        .collect()
 }
 
 /// Notes where `spec` is about to be, if a file of it outlives the agent.
@@ -67,7 +128,8 @@ pub(super) fn sweep(root: &Path, written_down: &BTreeSet<SnapshotId>) {
         let Some(id) = id.and_then(|id| id.parse::<SnapshotId>().ok()) else {
             continue;
         };
-        if is_note(&note) && !written_down.contains(&id) {
+        let is_mine = note.extension() == Some(OsStr::new(SUFFIX));
+        if is_mine && !written_down.contains(&id) {
             clear(root, id);
         }
     }

@@ -11,11 +11,13 @@ use uuid::Uuid;
 
 use super::document::Document;
 use super::events::{EventData, Events, Waited};
-use super::held::{Held, HoldOptions, HoldPlace, remove};
+use super::files::{Devices, Files};
+use super::held::{Held, HoldOptions, HoldPlace, Resumed, remove};
 use super::owner::{Command, Image, Info, Owner, Start, State, Take, TakeOptions};
 use super::{Member, MemberId, SnapshotError, places};
 use crate::engine::{CancelToken, Progress};
 use crate::filter::served::Served;
+use crate::own::Helper;
 use crate::storage::{DeviceExtent, Pool, StorageSpec};
 use crate::tracker::Tracker;
 use crate::units::SnapshotId;
@@ -46,6 +48,7 @@ impl Left {
 pub struct Snapshots {
     tracker: Arc<Tracker>,
     place: HoldPlace,
+    devices: Option<Arc<dyn Devices>>,
     /// Held for look-ups only, never while waiting for an answer.
     owners: Mutex<BTreeMap<SnapshotId, Handle>>,
 }
@@ -57,7 +60,49 @@ impl Snapshots {
         Self {
             tracker,
             place,
+            devices: None,
             owners: Mutex::default(),
+        }
+    }
+
+    /// Files on these devices may be difference storage of their snapshots.
+    #[must_use]
+    pub fn with_devices(mut self, devices: Arc<dyn Devices>) -> Self {
+        self.devices = Some(devices);
+        self
+    }
+
+    /// Lets the files on served devices go whose snapshots are gone. The devices answer by now; who waits for this is
+    /// nobody.
+    pub fn sweep_files(&self) {
+        let (Some(devices), Some(root)) = (&self.devices, &self.place.directory) else {
+            return;
+        };
+        let owners = self.owners();
+        let gone: Vec<SnapshotId> = places::own_notes(root)
+            .into_iter()
+            .filter(|id| !owners.contains_key(id))
+            .collect();
+        drop(owners);
+        if gone.is_empty() {
+            return;
+        }
+        let (devices, root) = (Arc::clone(devices), root.clone());
+        let swept = std::thread::Builder::new()
+            .name("blksnap-sweep".to_owned())
+            .spawn(move || {
+                for id in gone {
+                    let files = Files {
+                        id,
+                        root: root.clone(),
+                        helper: Helper::default(),
+                        devices: Arc::clone(&devices),
+                    };
+                    files.release(false);
+                }
+            });
+        if let Err(error) = swept {
+            tracing::error!(%error, "can't start the thread that removes files of snapshots that are gone");
         }
     }
 
@@ -103,6 +148,7 @@ impl Snapshots {
             place: self.place.clone(),
             tracker: Arc::clone(&self.tracker),
             events: Arc::clone(&events),
+            devices: self.devices.clone(),
             queue: queue.clone(),
         });
         (owner, Handle { queue, events }, commands)
@@ -191,15 +237,19 @@ impl Snapshots {
                 &self.place,
                 options,
                 &owner.events,
+                &owner.queue,
+                self.devices.as_ref(),
             )
             .map_err(|error| error.to_string()),
         };
         match resumed {
-            Ok((held, images)) => {
+            Ok(Resumed { held, images, files }) => {
                 owner.info.state = State::Taken;
                 owner.info.images = images.into_iter().map(Arc::new).collect();
+                owner.options = held.options(&owner.options);
                 owner.pool = Some(Arc::clone(held.pool()));
                 owner.held = Some(held);
+                owner.files_in_use = files;
             }
             Err(why) => {
                 owner.info.state = State::Lost;

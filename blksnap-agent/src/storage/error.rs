@@ -103,6 +103,14 @@ pub enum StorageError {
         /// The device.
         path: PathBuf,
     },
+    /// It is on a served device, by which it can't be had.
+    #[error("{path} is on {device}, which is not served")]
+    NotServed {
+        /// The path as given.
+        path: PathBuf,
+        /// Name of the device.
+        device: String,
+    },
     /// Where it is can't be told.
     #[error("where the difference storage is can't be told: {0}")]
     Extents(#[from] ExtentsError),

@@ -16,5 +16,6 @@ mod store;
 
 pub use directory::{DirStorage, stored_bytes};
 pub use error::StorageError;
+pub use open::{Numbered, OwnPlace};
 pub use pool::{DeviceExtent, Pool, PoolOptions, Usage};
-pub use spec::{SpecError, StorageSpec};
+pub use spec::{Own, OwnFile, SpecError, StorageSpec};

@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use super::growth::{self, Growth};
 use super::store::Store;
-use super::{DirStorage, StorageError, StorageSpec};
+use super::{DirStorage, Own, StorageError, StorageSpec};
 use crate::cow::Region;
-use crate::disk::{BlockDevice, Disk as _, FileDisk, MemoryDisk};
+use crate::disk::{BlockDevice, Disk, FileDisk, MemoryDisk};
 use crate::units::{DeviceId, Extent};
 
 /// Ranges of devices are used from and to multiples of this, so that a page of the page cache has no bytes of anybody
@@ -36,6 +36,23 @@ pub(super) struct Terms<'a> {
     pub(super) number: u32,
     /// A place that was used before is opened again.
     pub(super) again: bool,
+    /// What is behind [`StorageSpec::Own`].
+    pub(super) own: Option<OwnPlace>,
+}
+
+/// A served device as storage.
+#[derive(Clone, Debug)]
+pub struct OwnPlace {
+    /// Its bytes.
+    pub disk: Arc<dyn Disk>,
+    /// Who knows its number.
+    pub numbered: Arc<dyn Numbered>,
+}
+
+/// A served device, which may be a block device for a time only.
+pub trait Numbered: std::fmt::Debug + Send + Sync {
+    /// Its number now; `None` if it is no block device.
+    fn number(&self) -> Option<DeviceId>;
 }
 
 /// A place, open.
@@ -47,6 +64,8 @@ pub(super) struct Opened {
     pub(super) growth: Option<Growth>,
     /// The device that the regions are ranges of.
     pub(super) device: Option<DeviceId>,
+    /// The served device that they are ranges of.
+    pub(super) numbered: Option<Arc<dyn Numbered>>,
     /// The file that is to be removed with the snapshot.
     pub(super) kept: Option<PathBuf>,
 }
@@ -57,6 +76,7 @@ impl Opened {
             StorageSpec::Directory { path, limit, keep } => directory(path, *limit, keep.as_deref(), terms),
             StorageSpec::File { path, limit } => file(path, *limit),
             StorageSpec::Device { path, ranges } => device(path, ranges, terms),
+            StorageSpec::Own(spec) => own(spec, terms),
             StorageSpec::Memory { .. } if terms.again => Err(StorageError::Volatile(spec.to_string())),
             StorageSpec::Memory { limit } => {
                 let length = limit.saturating_mul(SPREAD);
@@ -69,6 +89,7 @@ impl Opened {
                     regions: vec![Region::sparse(length, *limit)],
                     growth: None,
                     device: None,
+                    numbered: None,
                     kept: None,
                 })
             }
@@ -86,6 +107,7 @@ impl Opened {
             regions: vec![Region::sparse(length, 0)],
             growth: Some(growth),
             device: None,
+            numbered: None,
             kept: None,
         })
     }
@@ -170,6 +192,7 @@ fn file(path: &Path, limit: Option<u64>) -> Result<Opened, StorageError> {
         regions: vec![Region::dense(0, metadata.len())],
         growth: None,
         device: None,
+        numbered: None,
         kept: None,
     })
 }
@@ -210,6 +233,26 @@ fn device(path: &Path, ranges: &[Extent], terms: &Terms<'_>) -> Result<Opened, S
         store: Store::file(disk),
         growth: None,
         device: Some(device.id),
+        numbered: None,
+        kept: None,
+    })
+}
+
+fn own(spec: &Own, terms: &Terms<'_>) -> Result<Opened, StorageError> {
+    let (Some(file), Some(place)) = (&spec.file, &terms.own) else {
+        return Err(StorageError::NotServed {
+            path: spec.path.clone(),
+            device: spec.device.clone(),
+        });
+    };
+    let block = u64::from(place.disk.logical_block()).max(PAGE);
+    let regions = regions(&file.path, place.disk.size(), &file.ranges, block)?;
+    Ok(Opened {
+        store: Store::other(Arc::clone(&place.disk)),
+        regions,
+        growth: None,
+        device: None,
+        numbered: Some(Arc::clone(&place.numbered)),
         kept: None,
     })
 }

@@ -24,9 +24,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::growth::Growth;
-use super::open::{Opened, Terms};
+use super::open::{Numbered, Opened, Terms};
 use super::store::Store;
-use super::{StorageError, StorageSpec};
+use super::{Own, OwnPlace, StorageError, StorageSpec};
 use crate::cow::{Overflow, Region, RegionId, Slot, Space, SpaceEvent, Taken};
 use crate::disk::{BlockDevice, Disk, extents};
 use crate::units::{DeviceId, SECTOR_BYTES};
@@ -111,7 +111,16 @@ struct Place {
     /// Bytes that it may have, as far as its file system has them.
     given: u64,
     device: Option<DeviceId>,
+    numbered: Option<Arc<dyn Numbered>>,
     kept: Option<PathBuf>,
+}
+
+impl Place {
+    /// The device that the region is a range of.
+    fn device_now(&self) -> Option<DeviceId> {
+        let number = || self.numbered.as_ref()?.number();
+        self.device.or_else(number)
+    }
 }
 
 impl fmt::Debug for Pool {
@@ -146,8 +155,8 @@ impl Pool {
         }
     }
 
-    /// A pool over what one had before, in which `taken` are the slots of all tables. The listener is told what it
-    /// would be told next.
+    /// A pool over what one had before, in which `taken` are the slots of all tables; `own` finds what is on a served
+    /// device. The listener is told what it would be told next.
     ///
     /// # Errors
     /// A place does not outlive its agent or can't be opened, or a slot can't be in it: see [`Space::restore`].
@@ -155,12 +164,17 @@ impl Pool {
         options: PoolOptions,
         listener: Listener,
         specs: &[StorageSpec],
+        own: &dyn Fn(&Own) -> Option<OwnPlace>,
         taken: impl IntoIterator<Item = Taken>,
     ) -> Result<Self, StorageError> {
         let (space, _) = Space::new(options.minimum);
         let pool = Self::over(options, listener, space);
         for spec in specs {
-            pool.add(spec, &[], true)?;
+            let place = match spec {
+                StorageSpec::Own(spec) => own(spec),
+                _ => None,
+            };
+            pool.add(spec, &[], place, true)?;
         }
         let event = {
             let mut inner = pool.lock();
@@ -186,10 +200,24 @@ impl Pool {
     /// # Errors
     /// As [`Pool::append`].
     pub fn append_beside(&self, spec: &StorageSpec, origins: &[BlockDevice]) -> Result<(), StorageError> {
-        self.add(spec, origins, false)
+        self.add(spec, origins, None, false)
     }
 
-    fn add(&self, spec: &StorageSpec, origins: &[BlockDevice], again: bool) -> Result<(), StorageError> {
+    /// As [`Pool::append`], of an allocated file on a served device.
+    ///
+    /// # Errors
+    /// As [`Pool::append`].
+    pub fn append_own(&self, own: Own, place: OwnPlace) -> Result<(), StorageError> {
+        self.add(&StorageSpec::Own(own), &[], Some(place), false)
+    }
+
+    fn add(
+        &self,
+        spec: &StorageSpec,
+        origins: &[BlockDevice],
+        own: Option<OwnPlace>,
+        again: bool,
+    ) -> Result<(), StorageError> {
         let _one = self.appending.lock().unwrap_or_else(PoisonError::into_inner);
         let number = self.lock().regions.len();
         // Without the lock: writes to the origin wait for it.
@@ -200,6 +228,7 @@ impl Pool {
                 origins,
                 number: u32::try_from(number).unwrap_or(u32::MAX),
                 again,
+                own,
             },
         )?;
         let mut inner = self.lock();
@@ -216,6 +245,7 @@ impl Pool {
                 growth: opened.growth.clone(),
                 given: first,
                 device: opened.device,
+                numbered: opened.numbered.clone(),
                 kept: opened.kept.clone(),
             });
         }
@@ -325,7 +355,13 @@ impl Pool {
             let inner = self.lock();
             let regions = inner.space.regions().zip(&inner.regions);
             regions
-                .map(|(id, place)| (inner.space.region(id), Arc::clone(&place.store), place.device))
+                .map(|(id, place)| {
+                    (
+                        inner.space.region(id),
+                        Arc::clone(&place.store),
+                        place.device_now(),
+                    )
+                })
                 .collect()
         };
         let mut found = Vec::new();

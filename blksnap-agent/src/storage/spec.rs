@@ -56,6 +56,47 @@ pub enum StorageSpec {
         /// Most bytes.
         limit: u64,
     },
+    /// A file on a file system of a served device, used by its sectors on that device. No text says it: the agent finds
+    /// out where a file or directory is.
+    Own(Own),
+}
+
+/// Difference storage on a file system of a served device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Own {
+    /// Name under which the device is served.
+    pub device: String,
+    /// Where the file system begins on the device, in bytes.
+    pub start: u64,
+    /// The file or directory that was given.
+    pub path: PathBuf,
+    /// It is a directory: files are made in it.
+    pub directory: bool,
+    /// Most bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u64>,
+    /// The file, once it is allocated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<OwnFile>,
+}
+
+/// A file of [`Own`] storage.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwnFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its bytes on the device, as they are used.
+    pub ranges: Vec<Extent>,
+}
+
+impl OwnFile {
+    /// Bytes of all ranges.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.ranges.iter().map(|range| range.length).sum()
+    }
 }
 
 /// Text that says no difference storage.
@@ -202,6 +243,10 @@ impl fmt::Display for StorageSpec {
                 })
             }
             Self::Memory { limit } => write!(f, "memory:{limit}"),
+            Self::Own(own) => {
+                let path = own.file.as_ref().map_or(&own.path, |file| &file.path);
+                write!(f, "{} (sectors of {})", path.display(), own.device)
+            }
         }
     }
 }

@@ -24,6 +24,8 @@ pub(super) struct Store {
 enum Backing {
     File(FileDisk),
     Memory(MemoryDisk),
+    /// Behind something that knows who may write.
+    Other(Arc<dyn Disk>),
 }
 
 impl Store {
@@ -33,6 +35,10 @@ impl Store {
 
     pub(super) fn memory(disk: MemoryDisk) -> Arc<Self> {
         Arc::new(Self::new(Backing::Memory(disk)))
+    }
+
+    pub(super) fn other(disk: Arc<dyn Disk>) -> Arc<Self> {
+        Arc::new(Self::new(Backing::Other(disk)))
     }
 
     const fn new(backing: Backing) -> Self {
@@ -47,7 +53,7 @@ impl Store {
     pub(super) const fn file_disk(&self) -> Option<&FileDisk> {
         match &self.backing {
             Backing::File(disk) => Some(disk),
-            Backing::Memory(_) => None,
+            Backing::Memory(_) | Backing::Other(_) => None,
         }
     }
 
@@ -71,6 +77,7 @@ impl Store {
         match &self.backing {
             Backing::File(disk) => disk,
             Backing::Memory(disk) => disk,
+            Backing::Other(disk) => &**disk,
         }
     }
 

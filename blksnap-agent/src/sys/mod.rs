@@ -4,6 +4,8 @@ mod buffer;
 pub mod cached;
 pub mod fdpass;
 pub mod fiemap;
+pub mod flags;
+pub mod fsmap;
 pub mod inherit;
 pub mod ioctl;
 pub mod mman;

@@ -54,8 +54,8 @@ pub struct Agent {
     snapshots: Snapshots,
     hold_options: HoldOptions,
     chunks: ChunkParams,
-    served: ServedList,
-    ublk: UblkList,
+    served: Arc<ServedList>,
+    ublk: Arc<UblkList>,
     storage: PathBuf,
     /// The state directory.
     state: PathBuf,
@@ -84,12 +84,18 @@ impl Agent {
             directory: Some(config.seal.directory.join("snapshots")),
             boot: boot.clone(),
         };
+        let served = Arc::<ServedList>::default();
+        let ublk = Arc::<UblkList>::default();
+        let devices = Arc::new(ublk::Devices {
+            served: Arc::clone(&served),
+            ublk: Arc::clone(&ublk),
+        });
         Self {
-            snapshots: Snapshots::new(Arc::clone(&tracker), place),
+            snapshots: Snapshots::new(Arc::clone(&tracker), place).with_devices(devices),
             hold_options: config.holding.clone(),
             chunks: config.chunks,
-            served: ServedList::default(),
-            ublk: UblkList::default(),
+            served,
+            ublk,
             state: config.seal.directory.clone(),
             boot,
             sysfs: config.seal.roots.sysfs.clone(),

@@ -199,7 +199,8 @@ impl Agent {
         let Some(served) = list.get(name).cloned() else {
             return self.forget_served(name, &action);
         };
-        let held = served.origin().counters().snapshots;
+        let counters = served.origin().counters();
+        let held = counters.snapshots.max(counters.stored);
         if held > 0 {
             return Err(ApiError::new(
                 Code::Busy,
@@ -302,6 +303,7 @@ impl Agent {
                 tracing::error!(%error, "a block device that was served is not served any more");
             }
         }
+        self.snapshots.sweep_files();
     }
 
     /// Waits for the last write to each, and refuses all others.

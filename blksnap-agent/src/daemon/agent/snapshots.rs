@@ -17,10 +17,11 @@ use crate::nbd::cow::HeldExport;
 use crate::nbd::export::Export;
 use crate::nbd::file::FileExport;
 use crate::nbd::registry::RegistryError;
+use crate::own::{Helper, Looked, On};
 use crate::snapshot::{
     Content, Event, EventData, HoldOptions, Image, Info, Member, SnapshotError, State, TakeOptions, Waited,
 };
-use crate::storage::{DirStorage, SpecError, StorageSpec, stored_bytes};
+use crate::storage::{DirStorage, Own, SpecError, StorageSpec, stored_bytes};
 use crate::units::SnapshotId;
 
 impl Agent {
@@ -90,17 +91,64 @@ impl Agent {
                 keep: None,
             }]);
         }
-        let specs: Vec<_> = given
+        given
             .iter()
-            .map(|text| storage_spec(text))
-            .collect::<Result<_, _>>()?;
-        // One that can't be used is told before anything is done.
-        for spec in &specs {
-            if let StorageSpec::Directory { path, .. } = spec {
-                DirStorage::open(path).map_err(|error| error.tell("create a snapshot"))?;
-            }
+            .map(|text| {
+                let spec = self.storage_spec(text)?;
+                // One that can't be used is told before anything is done.
+                if let StorageSpec::Directory { path, .. } = &spec {
+                    DirStorage::open(path).map_err(|error| error.tell("create a snapshot"))?;
+                }
+                Ok(spec)
+            })
+            .collect()
+    }
+
+    /// What a text says of storage; where it is on a served device that is found out.
+    fn storage_spec(&self, text: &str) -> Result<StorageSpec, ApiError> {
+        let nodes = self.ublk.nodes();
+        if nodes.is_empty() {
+            return storage_spec(text);
         }
-        Ok(specs)
+        let action = format!("store in {text}");
+        // Not by this process: see [`crate::own`].
+        let Looked { spec, on } = Helper::default()
+            .look(text, &nodes)
+            .map_err(|error| error.tell(&action))?;
+        let refused = |why: String, remedy: &str| {
+            ApiError::new(Code::InvalidRequest, format!("{action}: {why}"), remedy)
+        };
+        let (device, start) = match on {
+            On::Elsewhere => return Ok(spec),
+            On::Above { device, source } => {
+                return Err(refused(
+                    format!(
+                        "it is on {source}, which stands on {device}, so that the agent would wait for itself"
+                    ),
+                    "give a place on another device, or one directly on the served device or a partition of it",
+                ));
+            }
+            On::Served { device, start } => (device, start),
+        };
+        let (path, directory, limit) = match spec {
+            StorageSpec::Directory { keep: Some(_), .. } => {
+                return Err(refused(
+                    format!("it is on {device}, where there are no names to keep files by"),
+                    "leave `keep` out",
+                ));
+            }
+            StorageSpec::Directory { path, limit, .. } => (path, true, limit),
+            StorageSpec::File { path, limit } => (path, false, limit),
+            other => return Ok(other),
+        };
+        Ok(StorageSpec::Own(Own {
+            device,
+            start,
+            path,
+            directory,
+            limit,
+            file: None,
+        }))
     }
 
     pub(super) fn append_storage(
@@ -108,7 +156,7 @@ impl Agent {
         id: SnapshotId,
         request: &api::AppendStorage,
     ) -> Result<api::Snapshot, ApiError> {
-        let spec = storage_spec(&request.storage)?;
+        let spec = self.storage_spec(&request.storage)?;
         let info = self
             .snapshots
             .append(id, spec)

@@ -4,12 +4,16 @@
 //! as writes come at once.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::super::errors::Tell as _;
 use super::Agent;
+use super::served::ServedList;
 use crate::control::error::ApiError;
+use crate::disk::device::device_number;
 use crate::filter::served::Served;
+use crate::own::Candidate;
 use crate::statefile::{self, Format, StateFileError};
 use crate::ublk::{Device, Left, UblkError};
 
@@ -30,6 +34,40 @@ impl UblkList {
     /// Path of a block device.
     pub(super) fn node(&self, name: &str) -> Option<String> {
         Some(self.lock().get(name)?.node().display().to_string())
+    }
+
+    /// All of them, as the kernel numbers them.
+    pub(super) fn nodes(&self) -> Vec<Candidate> {
+        let nodes: Vec<_> = {
+            let list = self.lock();
+            let node = |(name, device): (&String, &Arc<Device>)| (name.clone(), device.node());
+            list.iter().map(node).collect()
+        };
+        let candidate = |(name, node): (String, _)| {
+            let number = std::fs::metadata(node).ok()?.rdev();
+            Some(Candidate {
+                name,
+                id: device_number(number),
+            })
+        };
+        nodes.into_iter().filter_map(candidate).collect()
+    }
+}
+
+/// The served devices, as snapshots see them.
+#[derive(Debug)]
+pub(super) struct Devices {
+    pub(super) served: Arc<ServedList>,
+    pub(super) ublk: Arc<UblkList>,
+}
+
+impl crate::snapshot::Devices for Devices {
+    fn served(&self, name: &str) -> Option<Arc<Served>> {
+        self.served.get(name)
+    }
+
+    fn nodes(&self) -> Vec<Candidate> {
+        self.ublk.nodes()
     }
 }
 

@@ -36,10 +36,10 @@ impl Origin {
             parts: 0,
             _gate: gate,
         };
+        self.guard_storage(offset, length);
         if !self.is_armed() {
             return admitted;
         }
-        self.guard_storage(offset, length);
         let mut parts = self.layout().split(offset, length);
         if let Some(first) = parts.next() {
             match parts.next() {

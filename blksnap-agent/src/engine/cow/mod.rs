@@ -2,6 +2,7 @@
 //!
 //! - [`Origin`]: a disk under copy on write. A filter has each write admitted ([`Origin::admit`]) before it goes on.
 //! - [`Store`]: where one snapshot keeps what was preserved of one origin.
+//! - [`Fence`]: storage that is on the origin itself, until somebody else writes there.
 //! - [`Image`]: the disk at the instant; readable and writable.
 //! - [`journal`]: what was preserved, so that another agent can go on with the snapshot.
 //!
@@ -17,6 +18,7 @@
 
 mod admission;
 mod commit;
+mod fence;
 mod image;
 pub mod journal;
 mod mover;
@@ -30,6 +32,7 @@ mod store;
 mod tests;
 
 pub use admission::Admitted;
+pub use fence::{BeforeWrite, Fence};
 pub use image::{Image, ImageError};
 pub use origin::{ArmError, Counters, Origin, Paused, Times};
 pub use store::{Broken, DiffStorage, Promise, Store, StoreOptions};

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+use super::fence::{Fence, Untouched};
 use super::image::Image;
 use super::mover::Mover;
 use super::settled::Settled;
@@ -91,11 +92,24 @@ pub struct Counters {
     pub queued: u64,
     /// Snapshots held.
     pub snapshots: u64,
+    /// Files of difference storage on the disk itself.
+    pub stored: u64,
 }
 
 pub(super) struct State {
     pub(super) hold: Hold,
     pub(super) stores: BTreeMap<SnapshotKey, Armed>,
+    /// Difference storage on the disk itself, by the keys under which it is excluded.
+    fences: BTreeMap<SnapshotKey, Arc<Fence>>,
+    /// What was not written since somebody asked, by key.
+    untouched: BTreeMap<SnapshotKey, Untouched>,
+}
+
+impl State {
+    /// Whether writes have to be looked at though no snapshot lacks anything.
+    fn is_watched(&self) -> bool {
+        self.hold.has_storage() || !self.untouched.is_empty()
+    }
 }
 
 /// A snapshot that is held.
@@ -111,8 +125,8 @@ pub struct Origin {
     /// Writes have it for reading; who changes what is held, for writing.
     pub(super) gate: RwLock<()>,
     armed: AtomicUsize,
-    /// Difference storage of a snapshot is on the disk itself.
-    has_storage: AtomicBool,
+    /// Difference storage of a snapshot is on the disk itself, or is about to be.
+    watched: AtomicBool,
     state: Mutex<State>,
     /// A job was settled, or a snapshot is gone.
     pub(super) settled: Settled,
@@ -138,10 +152,12 @@ impl Origin {
             layout,
             gate: RwLock::default(),
             armed: AtomicUsize::new(0),
-            has_storage: AtomicBool::new(false),
+            watched: AtomicBool::new(false),
             state: Mutex::new(State {
                 hold: Hold::new(layout),
                 stores: BTreeMap::new(),
+                fences: BTreeMap::new(),
+                untouched: BTreeMap::new(),
             }),
             settled: Settled::default(),
             times: Times::default(),
@@ -178,33 +194,124 @@ impl Origin {
             jobs: state.hold.jobs() as u64,
             queued: stores().map(|store| store.queued() as u64).sum(),
             snapshots: state.stores.len() as u64,
+            stored: state.fences.len() as u64,
         }
     }
 
     /// Takes ranges out of all images, because they are difference storage of this snapshot; see [`Hold::exclude`].
     /// A write to one of them by anybody else breaks the snapshot before it goes on.
     pub fn exclude(&self, snapshot: SnapshotKey, ranges: &[Extent]) {
-        self.storage_changes(|hold| ranges.iter().for_each(|range| hold.exclude(snapshot, *range)));
+        self.storage_changes(|state| {
+            ranges
+                .iter()
+                .for_each(|range| state.hold.exclude(snapshot, *range));
+        });
     }
 
     /// Takes back [`Origin::exclude`].
     pub fn include(&self, snapshot: SnapshotKey, ranges: &[Extent]) {
-        self.storage_changes(|hold| ranges.iter().for_each(|range| hold.include(snapshot, *range)));
+        self.storage_changes(|state| {
+            ranges
+                .iter()
+                .for_each(|range| state.hold.include(snapshot, *range));
+        });
     }
 
-    fn storage_changes(&self, change: impl FnOnce(&mut Hold)) {
+    /// Makes ranges difference storage behind a fence, as far as no image needs them and they are none yet: those parts
+    /// are out of all images, and a write to them by anybody else takes the fence down. `key` is that of no snapshot.
+    /// Waits for the writes under way.
+    #[must_use]
+    pub fn claim(&self, key: SnapshotKey, fence: &Arc<Fence>, ranges: &[Extent]) -> Vec<Extent> {
+        let _paused = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+        self.storage_changes(|state| {
+            let usable: Vec<Extent> = ranges
+                .iter()
+                .flat_map(|range| state.hold.usable(*range))
+                .collect();
+            usable.iter().for_each(|range| state.hold.exclude(key, *range));
+            state.fences.insert(key, Arc::clone(fence));
+            usable
+        })
+    }
+
+    /// As [`Origin::claim`], of storage that an agent before has claimed. Nothing may have been written since.
+    pub fn claim_again(&self, key: SnapshotKey, fence: &Arc<Fence>, ranges: &[Extent]) {
+        self.storage_changes(|state| {
+            ranges.iter().for_each(|range| state.hold.exclude(key, *range));
+            state.fences.insert(key, Arc::clone(fence));
+        });
+    }
+
+    /// Takes back [`Origin::claim`]: the fence is down, and the ranges belong to the images again.
+    pub fn give_back(&self, key: SnapshotKey) {
+        let fence = self.lock().fences.get(&key).cloned();
+        if let Some(fence) = fence {
+            fence.take_down();
+        }
+        self.storage_changes(|state| {
+            state.fences.remove(&key);
+            state.hold.give_back(key);
+        });
+    }
+
+    /// Looks from now on which of the disk's bytes are written, under a key.
+    pub fn watch(&self, key: SnapshotKey) {
+        let _paused = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+        let all = Extent {
+            offset: 0,
+            length: self.layout.size(),
+        };
+        self.storage_changes(|state| state.untouched.insert(key, Untouched::new(vec![all])));
+    }
+
+    /// Looks on at these ranges only, which are ascending and apart.
+    pub fn watch_within(&self, key: SnapshotKey, ranges: &[Extent]) {
+        if let Some(untouched) = self.lock().untouched.get_mut(&key) {
+            untouched.within(ranges);
+        }
+    }
+
+    /// Looks no longer.
+    pub fn unwatch(&self, key: SnapshotKey) {
+        self.storage_changes(|state| state.untouched.remove(&key));
+    }
+
+    /// What was nobody's at the instant of a snapshot: ascending and apart; see [`Hold::set_free`].
+    pub fn set_free(&self, snapshot: SnapshotKey, ranges: Vec<Extent>) {
+        self.lock().hold.set_free(snapshot, ranges);
+    }
+
+    /// What was nobody's at the instant of a snapshot.
+    #[must_use]
+    pub fn free_of(&self, snapshot: SnapshotKey) -> Vec<Extent> {
+        self.lock().hold.free_of(snapshot).to_vec()
+    }
+
+    fn storage_changes<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
-        change(&mut state.hold);
-        self.has_storage
-            .store(state.hold.has_storage(), Ordering::Release);
+        let changed = change(&mut state);
+        self.watched.store(state.is_watched(), Ordering::Release);
+        changed
     }
 
     /// Breaks the snapshots whose difference storage a write is about to destroy.
     pub(super) fn guard_storage(&self, offset: u64, length: u64) {
-        if !self.has_storage.load(Ordering::Acquire) {
+        if !self.watched.load(Ordering::Acquire) || length == 0 {
             return;
         }
-        let broken = self.lock().hold.stored_in(Extent { offset, length });
+        let range = Extent { offset, length };
+        let mut state = self.lock();
+        state
+            .untouched
+            .values_mut()
+            .for_each(|untouched| untouched.touch(range));
+        let broken = state.hold.stored_in(range);
+        let lost: Vec<_> = broken
+            .iter()
+            .filter_map(|key| state.fences.get(key).cloned())
+            .collect();
+        drop(state);
+        lost.iter().for_each(|fence| fence.lose());
         for snapshot in broken {
             self.break_off(
                 snapshot,
@@ -244,8 +351,7 @@ impl Origin {
         };
         // It is in both or in none.
         let _ = state.hold.release(snapshot);
-        self.has_storage
-            .store(state.hold.has_storage(), Ordering::Release);
+        self.watched.store(state.is_watched(), Ordering::Release);
         self.armed.store(state.stores.len(), Ordering::Release);
         drop(state);
         self.settled.notify_all();
@@ -315,8 +421,11 @@ impl Origin {
         for range in &store.excluded {
             state.hold.exclude(store.key, *range);
         }
-        self.has_storage
-            .store(state.hold.has_storage(), Ordering::Release);
+        if let Some(free) = store.free.and_then(|key| state.untouched.remove(&key)) {
+            // This is the instant: what is written from here on is preserved before.
+            state.hold.set_free(store.key, free.ranges());
+        }
+        self.watched.store(state.is_watched(), Ordering::Release);
         let armed = Armed {
             store: Arc::clone(&store),
             worker,

@@ -93,6 +93,8 @@ pub struct StoreOptions {
     pub journal: Option<Journal>,
     /// Ranges in bytes of the origin that are storage of the snapshot themselves.
     pub excluded: Vec<Extent>,
+    /// Key of what the origin watches to know what is nobody's at the instant ([`super::Origin::watch`]).
+    pub free: Option<SnapshotKey>,
     /// Who is told.
     pub broken: Arc<dyn Broken>,
 }
@@ -105,6 +107,7 @@ pub struct Store {
     pub(super) journal: Option<Journal>,
     pub(super) staging: Staging,
     pub(super) excluded: Vec<Extent>,
+    pub(super) free: Option<SnapshotKey>,
     commit: Commit,
     broken: Arc<dyn Broken>,
     told: AtomicBool,
@@ -130,6 +133,7 @@ impl Store {
             storage,
             promise: options.promise,
             excluded: options.excluded,
+            free: options.free,
             journal: options.journal,
             staging: Staging::new(options.queue, options.buffers),
             commit: Commit::default(),

@@ -101,6 +101,7 @@ fn store(
         buffers: 2,
         journal,
         excluded: Vec::new(),
+        free: None,
         broken: Arc::clone(&told) as _,
     };
     let store = Store::new(SnapshotKey(key), Arc::clone(storage) as _, options);

@@ -16,7 +16,7 @@ use super::lease::Lease;
 use crate::cbt::ResetReason;
 use crate::cow::{ChunkParams, Table};
 use crate::disk::{Allocation, Disk, Zero};
-use crate::engine::cow::{Image, ImageError, Origin, Store};
+use crate::engine::cow::{BeforeWrite, Image, ImageError, Origin, Store};
 use crate::statefile::{self, Format, StateFileError};
 use crate::units::{BlockSize, Sectors};
 
@@ -291,16 +291,31 @@ impl Served {
         }
         // Within the admission: a take is before or after both the mark and the write.
         self.changes.mark(offset, length);
+        self.cover();
+        let written = write(&**self.origin.disk());
+        drop(admitted);
+        written?;
+        if fua { self.origin.disk().flush() } else { Ok(()) }
+    }
+
+    /// Covers a write to the disk that is none of a client's: old data in storage that is on the disk itself.
+    #[must_use]
+    pub fn before_own_write(self: &Arc<Self>) -> BeforeWrite {
+        let served = Arc::downgrade(self);
+        Arc::new(move || {
+            if let Some(served) = served.upgrade() {
+                served.cover();
+            }
+        })
+    }
+
+    fn cover(&self) {
         if let Some(lease) = &self.lease {
             // One that can't be renewed makes the next agent doubt what it finds, which is right then.
             if let Err(error) = lease.cover() {
                 tracing::warn!(%error, "the lease on a served disk can't be renewed");
             }
         }
-        let written = write(&**self.origin.disk());
-        drop(admitted);
-        written?;
-        if fua { self.origin.disk().flush() } else { Ok(()) }
     }
 
     /// Whether writes are to be provable after a power cut; costs a flush of a few bytes each second of writing.

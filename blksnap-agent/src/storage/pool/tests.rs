@@ -215,7 +215,9 @@ fn what_was_kept_is_opened_again_with_its_slots() {
     first.flush().unwrap();
     let specs = first.specs();
     let used = first.usage().used;
-    let again = |taken: &[Taken], told| Pool::reopen(options, listener(told), &specs, taken.iter().copied());
+    let again = |taken: &[Taken], told| {
+        Pool::reopen(options, listener(told), &specs, &|_| None, taken.iter().copied())
+    };
     let (told, events) = channel();
     assert!(again(&taken, told).is_err(), "the first one has it");
     drop(first);
@@ -264,7 +266,7 @@ fn what_does_not_outlive_the_agent_is_not_opened_again() {
         directory(place.path(), None, None),
         StorageSpec::Memory { limit: 1 },
     ] {
-        let refused = Pool::reopen(PoolOptions::default(), Arc::new(|_| {}), &[spec], []);
+        let refused = Pool::reopen(PoolOptions::default(), Arc::new(|_| {}), &[spec], &|_| None, []);
         assert!(matches!(refused, Err(StorageError::Volatile(_))));
     }
     let (pool, _events) = pool(0, true);
