@@ -1,5 +1,6 @@
 //! Place: whether a file is on a device that the agent serves, directly or not.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 
@@ -51,7 +52,9 @@ pub fn find(file: &File, served: &[Candidate]) -> io::Result<On> {
     let table = Table::read().map_err(io::Error::other)?;
     let mount = table.of_file(file)?;
     let named = |id: DeviceId| served.iter().find(|candidate| candidate.id == id);
-    if let [id] = block_devices_of(mount)[..]
+    // btrfs names its device twice, or several.
+    let devices: BTreeSet<DeviceId> = block_devices_of(mount).into_iter().collect();
+    if let (Some(id), 1) = (devices.first().copied(), devices.len())
         && let Some((candidate, start)) = directly(id, named)
     {
         return Ok(On::Served {

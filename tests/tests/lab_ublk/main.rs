@@ -5,6 +5,7 @@
 
 mod bytes;
 mod ends;
+mod own_file;
 mod scene;
 mod writers;
 
