@@ -125,11 +125,7 @@ impl FileInUse {
     pub(super) fn used_by(&self, image: &ServedImage) {
         let origin = image.served().origin();
         if !self.fence.used_by(origin, image.image().key()) {
-            origin.break_off(
-                image.image().key(),
-                nix::errno::Errno::EIO as i32,
-                "its difference storage, which is on the device, was written to",
-            );
+            self.fence.break_off(origin, image.image().key());
         }
     }
 
@@ -239,7 +235,11 @@ impl Files {
         }
         Ok(NewFile {
             spec: Own {
-                file: Some(OwnFile { path, ranges }),
+                file: Some(OwnFile {
+                    path,
+                    bytes: made.ranges.iter().map(|range| range.length).sum(),
+                    ranges,
+                }),
                 ..own.clone()
             },
             in_use,

@@ -106,8 +106,8 @@ impl Owner {
         let mut grows = None;
         for own in owns.clone() {
             let of_it = owns.clone().filter(|other| other.path == own.path);
-            let bytes = of_it.filter_map(|other| other.file.as_ref());
-            let has: u64 = bytes.map(crate::storage::OwnFile::bytes).sum();
+            let files = of_it.filter_map(|other| other.file.as_ref());
+            let has: u64 = files.map(|file| file.bytes).sum();
             let left = own.limit.unwrap_or(u64::MAX).saturating_sub(has);
             if left > 0 {
                 grows = Some((own, left));
@@ -146,7 +146,7 @@ impl Owner {
         let id = self.info.id;
         match made.and_then(|made| {
             let (path, bytes) = match &made.spec.file {
-                Some(file) => (file.path.clone(), file.bytes()),
+                Some(file) => (file.path.clone(), file.bytes),
                 None => (made.spec.path.clone(), 0),
             };
             self.adopt(&pool, &files, made).map(|()| (path, bytes))

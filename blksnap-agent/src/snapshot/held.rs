@@ -17,6 +17,7 @@ use nix::sys::stat::{major, minor};
 use super::document::{Document, MemberDocument, journal_path};
 use super::events::{EventData, Events};
 use super::files::{Devices, FileInUse, NewFile, next_key};
+use super::own::Guard;
 use super::owner::{Command, Content, Image};
 use super::{Member, SnapshotError, own, places};
 use crate::cbt::Taken;
@@ -74,6 +75,7 @@ pub(super) struct Held {
     document: Document,
     pool: Arc<Pool>,
     images: Vec<ServedImage>,
+    guards: Vec<Guard>,
 }
 
 /// What goes on.
@@ -187,7 +189,14 @@ impl Held {
                 store: Arc::new(new_store(id, served, parts, options, events)),
             });
         }
+        let guards = own::guards(&pool.specs(), devices);
         let taken = served::take(&members)?;
+        for (guard, member) in guards
+            .iter()
+            .flat_map(|guard| taken.iter().map(move |member| (guard, member)))
+        {
+            guard.used_by(&member.image);
+        }
         for (file, member) in files
             .iter()
             .flat_map(|file| taken.iter().map(move |member| (file, member)))
@@ -215,6 +224,7 @@ impl Held {
             document,
             pool,
             images: taken.iter().map(|member| member.image.clone()).collect(),
+            guards,
         };
         // Written after the instant: until it is there, the snapshot ends with the agent.
         if let Err(error) = held.write() {
@@ -307,6 +317,7 @@ impl Held {
             document,
             pool,
             images: Vec::new(),
+            guards: own::guards(&storage, devices),
         };
         let options = HoldOptions {
             promise: held.document.promise,
@@ -337,6 +348,7 @@ impl Held {
             let origin = image.served().origin();
             origin.set_free(image.image().key(), member.free.clone());
             files.iter().for_each(|(_, file)| file.used_by(image));
+            held.guards.iter().for_each(|guard| guard.used_by(image));
         }
         let files: Vec<_> = files.into_iter().map(|(_, file)| file).collect();
         for (member, served) in held.document.members.iter_mut().zip(devices) {
@@ -392,12 +404,22 @@ impl Held {
         for image in &self.images {
             image.served().origin().exclude(image.image().key(), &own(image));
         }
+        let devices: Vec<_> = self
+            .images
+            .iter()
+            .map(|image| Arc::clone(image.served()))
+            .collect();
+        let guards = own::guards(std::slice::from_ref(spec), &devices);
+        for guard in &guards {
+            self.images.iter().for_each(|image| guard.used_by(image));
+        }
         if let Err(error) = self.pool.append(spec) {
             for image in &self.images {
                 image.served().origin().include(image.image().key(), &own(image));
             }
             return Err(error.into());
         }
+        self.guards.extend(guards);
         self.document.storage = self.pool.specs();
         self.write()
     }

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use super::files::{Devices, FileInUse};
+use super::files::{Devices, FileInUse, next_key};
+use crate::cow::SnapshotKey;
 use crate::disk::BlockDevice;
-use crate::filter::served::Served;
+use crate::engine::cow::Fence;
+use crate::filter::served::{Served, ServedImage};
 use crate::storage::{Own, StorageSpec};
 use crate::units::{Extent, SECTOR_BYTES};
 
@@ -34,6 +36,50 @@ pub(super) fn ranges_of(specs: &[StorageSpec], served: &Served) -> Vec<Extent> {
         }
     }
     own
+}
+
+/// Sectors of a member that hold old data of all of them: a write there by somebody else breaks every image, not only that
+/// of the member.
+#[derive(Debug)]
+pub(super) struct Guard {
+    served: Arc<Served>,
+    key: SnapshotKey,
+    fence: Arc<Fence>,
+}
+
+impl Guard {
+    /// An image needs what is stored there.
+    pub(super) fn used_by(&self, image: &ServedImage) {
+        if !self.fence.used_by(image.served().origin(), image.image().key()) {
+            self.fence.break_off(image.served().origin(), image.image().key());
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.served.origin().give_back(self.key);
+    }
+}
+
+/// Guards the ranges of these places that are on one of the devices.
+pub(super) fn guards(specs: &[StorageSpec], devices: &[Arc<Served>]) -> Vec<Guard> {
+    let guard = |served: &Arc<Served>| {
+        let ranges = ranges_of(specs, served);
+        if ranges.is_empty() {
+            return None;
+        }
+        let origin = served.origin();
+        let name = served.path().display().to_string();
+        let guard = Guard {
+            served: Arc::clone(served),
+            key: next_key(),
+            fence: Fence::new(name, Arc::clone(origin.disk()), served.before_own_write()),
+        };
+        origin.claim_again(guard.key, &guard.fence, &ranges);
+        Some(guard)
+    };
+    devices.iter().filter_map(guard).collect()
 }
 
 /// The files on the devices that an agent before has made, with what is written down of them.

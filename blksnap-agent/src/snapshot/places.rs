@@ -198,4 +198,36 @@ mod tests {
         forget(root.path(), held);
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     }
+
+    #[test]
+    fn files_on_served_devices_are_noted_for_themselves() {
+        let root = tempfile::tempdir().unwrap();
+        let id = SnapshotId::new(uuid::Uuid::new_v4());
+        assert_eq!(
+            (own_files(root.path(), id).unwrap(), own_notes(root.path())),
+            (vec![], vec![])
+        );
+        let kept = [true, false].map(|created| Kept {
+            path: format!("/mnt/a b/\n{created}.diff").into(),
+            created,
+            device: "web.img".to_owned(),
+        });
+        for kept in &kept {
+            note_own(root.path(), id, kept).unwrap();
+        }
+        // One that was about to be written when the machine went down.
+        let mut file = OpenOptions::new()
+            .append(true)
+            .open(own_path(root.path(), id))
+            .unwrap();
+        file.write_all(b"{\"path\":\"/mn").unwrap();
+        assert_eq!(own_files(root.path(), id).unwrap(), kept);
+        assert_eq!(own_notes(root.path()), [id]);
+        assert!(is_note(&own_path(root.path(), id)));
+        // They are not removed before their device answers.
+        sweep(root.path(), &BTreeSet::new());
+        assert_eq!(own_notes(root.path()), [id]);
+        forget_own(root.path(), id);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
 }

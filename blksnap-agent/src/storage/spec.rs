@@ -87,16 +87,10 @@ pub struct Own {
 pub struct OwnFile {
     /// Where it is.
     pub path: PathBuf,
-    /// Its bytes on the device, as they are used.
+    /// Bytes that it has of its file system.
+    pub bytes: u64,
+    /// What of them is used, on the device.
     pub ranges: Vec<Extent>,
-}
-
-impl OwnFile {
-    /// Bytes of all ranges.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.ranges.iter().map(|range| range.length).sum()
-    }
 }
 
 /// Text that says no difference storage.
@@ -308,6 +302,32 @@ mod tests {
                 ]
             ))
         );
+    }
+
+    #[test]
+    fn a_file_on_a_served_device_is_written_down_with_its_sectors() {
+        let own = StorageSpec::Own(Own {
+            device: "web.img".to_owned(),
+            start: 1 << 20,
+            path: "/srv/web".into(),
+            directory: true,
+            limit: None,
+            file: Some(OwnFile {
+                path: "/srv/web/a.diff".into(),
+                bytes: 8192,
+                ranges: vec![Extent {
+                    offset: 1 << 21,
+                    length: 4096,
+                }],
+            }),
+        });
+        let json = serde_json::to_string(&own).unwrap();
+        assert!(
+            json.starts_with(r#"{"kind":"own","device":"web.img","start":1048576,"#),
+            "{json}"
+        );
+        assert_eq!(serde_json::from_str::<StorageSpec>(&json).unwrap(), own);
+        assert_eq!(own.to_string(), "/srv/web/a.diff (sectors of web.img)");
     }
 
     #[test]

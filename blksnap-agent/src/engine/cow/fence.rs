@@ -17,6 +17,9 @@ use crate::cow::SnapshotKey;
 use crate::disk::{Allocation, Disk, Zero};
 use crate::units::Extent;
 
+/// Why a snapshot is broken whose storage on a device somebody else has written to.
+pub(super) const WRITTEN_TO: &str = "its difference storage, which is on the device, was written to";
+
 /// Called before something is written to the origin beside its own writes.
 pub type BeforeWrite = Arc<dyn Fn() + Send + Sync>;
 
@@ -78,13 +81,14 @@ impl Fence {
         let users = std::mem::take(&mut *self.users.lock().unwrap_or_else(PoisonError::into_inner));
         for (origin, snapshot) in users {
             if let Some(origin) = origin.upgrade() {
-                origin.break_off(
-                    snapshot,
-                    Errno::EIO as i32,
-                    "its difference storage, which is on the device, was written to",
-                );
+                self.break_off(&origin, snapshot);
             }
         }
+    }
+
+    /// Breaks a snapshot that stores here, or wanted to.
+    pub fn break_off(&self, origin: &Origin, snapshot: SnapshotKey) {
+        origin.break_off(snapshot, Errno::EIO as i32, WRITTEN_TO);
     }
 
     fn through<T>(&self, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::fence::{Fence, Untouched};
+use super::fence::{Fence, Untouched, WRITTEN_TO};
 use super::image::Image;
 use super::mover::Mover;
 use super::settled::Settled;
@@ -313,11 +313,7 @@ impl Origin {
         drop(state);
         lost.iter().for_each(|fence| fence.lose());
         for snapshot in broken {
-            self.break_off(
-                snapshot,
-                Errno::EIO as i32,
-                "its difference storage, which is on the device, was written to",
-            );
+            self.break_off(snapshot, Errno::EIO as i32, WRITTEN_TO);
         }
     }
 

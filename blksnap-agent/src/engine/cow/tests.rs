@@ -2,6 +2,7 @@
 
 mod cuts;
 mod faults;
+mod fences;
 mod threads;
 
 use std::io;
