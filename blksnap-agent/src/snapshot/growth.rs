@@ -20,10 +20,11 @@ impl Owner {
     pub(super) fn give(&mut self, pool: &Pool, spec: &StorageSpec) -> Result<(), SnapshotError> {
         let StorageSpec::Own(own) = spec else {
             let spec = self.keep(spec)?;
-            return Ok(match &mut self.held {
+            match &mut self.held {
                 Some(held) => held.append(&spec)?,
                 None => pool.append(&spec)?,
-            });
+            }
+            return Ok(());
         };
         if self.held.is_some() {
             self.check_member(own)?;

@@ -16,9 +16,9 @@ use nix::sys::stat::{major, minor};
 
 use super::document::{Document, MemberDocument, journal_path};
 use super::events::{EventData, Events};
-use super::files::{Devices, FileInUse, NewFile, next_key};
+use super::files::{FileInUse, NewFile, next_key};
 use super::own::Guard;
-use super::owner::{Command, Content, Image};
+use super::owner::{Command, Content, Hold, Image, Owner};
 use super::{Member, SnapshotError, own, places};
 use crate::cbt::Taken;
 use crate::cow::{SnapshotKey, SpaceEvent, Taken as TakenSlot};
@@ -130,17 +130,19 @@ pub(super) fn pool_events(
 
 impl Held {
     /// Takes the devices.
-    pub(super) fn take(
-        id: SnapshotId,
-        created: SystemTime,
-        devices: &[Arc<Served>],
-        pool: Arc<Pool>,
-        options: &HoldOptions,
-        place: &HoldPlace,
-        events: &Arc<Events>,
-        files: &[Arc<FileInUse>],
-        free: &[Option<SnapshotKey>],
-    ) -> Result<(Self, Vec<Image>), SnapshotError> {
+    pub(super) fn take(hold: &Hold) -> Result<(Self, Vec<Image>), SnapshotError> {
+        let Hold {
+            id,
+            devices,
+            pool,
+            options,
+            place,
+            events,
+            files,
+            free,
+            ..
+        } = hold;
+        let id = *id;
         let directory = match (&place.directory, options.promise) {
             (Some(directory), Promise::AgentCrash | Promise::PowerCut) => {
                 Some(directory.join(id.to_string()))
@@ -149,7 +151,7 @@ impl Held {
         };
         let began = Began {
             directory: directory.clone(),
-            devices: devices.to_vec(),
+            devices: devices.clone(),
             durable: options.promise == Promise::PowerCut,
             done: false,
         };
@@ -179,7 +181,7 @@ impl Held {
                 .transpose()?;
             let specs = pool.specs();
             let parts = Parts {
-                pool: &pool,
+                pool,
                 journal,
                 excluded: own::ranges_of(&specs, served),
                 free: free.get(number).copied().flatten(),
@@ -206,7 +208,7 @@ impl Held {
         let now = SystemTime::now();
         let document = Document {
             id,
-            created: seconds(created),
+            created: seconds(hold.created),
             taken: seconds(now),
             boot: place.boot.clone(),
             stopped: false,
@@ -222,7 +224,7 @@ impl Held {
         let held = Self {
             directory,
             document,
-            pool,
+            pool: Arc::clone(pool),
             images: taken.iter().map(|member| member.image.clone()).collect(),
             guards,
         };
@@ -249,10 +251,9 @@ impl Held {
         devices: &[Arc<Served>],
         place: &HoldPlace,
         options: &HoldOptions,
-        events: &Arc<Events>,
-        owner: &Sender<Command>,
-        files: Option<&Arc<dyn Devices>>,
+        owner: &Owner,
     ) -> Result<Resumed, Unfinished> {
+        let events = &owner.events;
         let survived = document.stopped
             || (document.boot == place.boot && !place.boot.is_empty())
             || document.promise == Promise::PowerCut;
@@ -299,10 +300,14 @@ impl Held {
             })
             .collect();
         let storage = document.storage.clone();
-        let files = own::files_again(&storage, devices, files);
+        let files = own::files_again(
+            &storage,
+            devices,
+            owner.files.as_ref().map(|files| &files.devices),
+        );
         let pool = Pool::reopen(
             pool_options(document.minimum, document.autogrow, devices),
-            pool_events(events, owner),
+            pool_events(events, &owner.queue),
             &document.storage,
             &|own| {
                 let of_it = |(known, _): &&(_, _)| *known == own;

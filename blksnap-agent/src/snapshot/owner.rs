@@ -523,31 +523,22 @@ impl Plan {
 }
 
 /// A take of served devices.
-struct Hold {
-    id: SnapshotId,
-    created: SystemTime,
-    devices: Vec<Arc<Served>>,
-    pool: Arc<Pool>,
-    options: HoldOptions,
-    place: HoldPlace,
-    events: Arc<Events>,
-    files: Vec<Arc<FileInUse>>,
-    free: Vec<Option<SnapshotKey>>,
+pub(super) struct Hold {
+    pub(super) id: SnapshotId,
+    pub(super) created: SystemTime,
+    pub(super) devices: Vec<Arc<Served>>,
+    pub(super) pool: Arc<Pool>,
+    pub(super) options: HoldOptions,
+    pub(super) place: HoldPlace,
+    pub(super) events: Arc<Events>,
+    pub(super) files: Vec<Arc<FileInUse>>,
+    /// Keys of what is watched of the devices.
+    pub(super) free: Vec<Option<SnapshotKey>>,
 }
 
 impl Hold {
-    fn run(self) -> Result<Outcome, SnapshotError> {
-        let (held, images) = Held::take(
-            self.id,
-            self.created,
-            &self.devices,
-            self.pool,
-            &self.options,
-            &self.place,
-            &self.events,
-            &self.files,
-            &self.free,
-        )?;
+    fn run(&self) -> Result<Outcome, SnapshotError> {
+        let (held, images) = Held::take(self)?;
         Ok(Outcome {
             images,
             held: Some(held),

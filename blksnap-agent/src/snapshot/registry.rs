@@ -230,17 +230,8 @@ impl Snapshots {
         let devices: Option<Vec<_>> = found.into_iter().collect();
         let resumed = match devices {
             None => Err("a device of it is not served any more".to_owned()),
-            Some(devices) => Held::resume(
-                &directory,
-                document,
-                &devices,
-                &self.place,
-                options,
-                &owner.events,
-                &owner.queue,
-                self.devices.as_ref(),
-            )
-            .map_err(|error| error.to_string()),
+            Some(devices) => Held::resume(&directory, document, &devices, &self.place, options, &owner)
+                .map_err(|error| error.to_string()),
         };
         match resumed {
             Ok(Resumed { held, images, files }) => {

@@ -15,7 +15,7 @@ use super::scene::{MIB, Mounted, Scene};
 
 const SECTOR: usize = 512;
 /// Longest wait for storage to grow; a bound against hanging.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(400);
 
 /// A served file with a file system that has files.
 fn scene(kind: &str, random: &mut StdRng) -> Result<(Scene, Mounted)> {
@@ -36,12 +36,12 @@ fn scene(kind: &str, random: &mut StdRng) -> Result<(Scene, Mounted)> {
 /// Writes, overwrites and removes files.
 fn load(place: &Path, random: &mut StdRng, steps: usize) -> Result<()> {
     for _ in 0..steps {
-        let path = place.join(format!("f{}", random.random_range(0..16)));
+        let path = place.join(format!("f{}", random.random_range(0..24)));
         if random.random_range(0..4) == 0 && path.exists() {
             fs::remove_file(&path)?;
             continue;
         }
-        let mut bytes = vec![0; random.random_range(1..200) * 1024];
+        let mut bytes = vec![0; random.random_range(1..400) * 1024];
         random.fill(&mut bytes[..]);
         let mut file = File::create(&path)?;
         file.write_all(&bytes)?;
@@ -129,17 +129,16 @@ fn files_of(place: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Writes until the storage has more files, or is seen to have none.
-fn grow(scene: &Scene, place: &Path, id: &str, random: &mut StdRng) -> Result<()> {
-    let regions = |info: &serde_json::Value| info["storage"].as_array().map_or(0, Vec::len);
-    let before = regions(&info(scene, id)?);
+/// Writes until the storage has more than so many files, and gives their number.
+fn grow(scene: &Scene, place: &Path, id: &str, files: usize, random: &mut StdRng) -> Result<usize> {
     let started = Instant::now();
     loop {
         load(place, random, 2)?;
         let now = info(scene, id)?;
         ensure!(now["state"] == "taken", "{now}; {}", scene.daemon.log());
-        if regions(&now) > before {
-            return Ok(());
+        let found = now["storage"].as_array().map_or(0, Vec::len);
+        if found > files {
+            return Ok(found);
         }
         ensure!(started.elapsed() < PATIENCE, "it does not grow: {now}");
     }
@@ -156,7 +155,7 @@ fn a_directory_on_the_device_is_storage(kind: &str) -> Result<()> {
     check(&scene, &known)?;
     // Nobody takes it away by mistake.
     ensure!(fs::remove_file(&files[0]).is_err());
-    grow(&scene, &place, &known.id, &mut random)?;
+    let files = grow(&scene, &place, &known.id, 1, &mut random)?;
     check(&scene, &known)?;
     // The agent is killed and goes on with it.
     scene.daemon.kill()?;
@@ -164,7 +163,7 @@ fn a_directory_on_the_device_is_storage(kind: &str) -> Result<()> {
     let now = info(&scene, &known.id)?;
     ensure!(now["state"] == "taken", "{now}");
     check(&scene, &known)?;
-    grow(&scene, &place, &known.id, &mut random)?;
+    grow(&scene, &place, &known.id, files, &mut random)?;
     check(&scene, &known)?;
     // Somebody takes the sectors from the file: the image says that it is lost, the file system is not harmed.
     let file = files_of(&place)?.pop().context("a file")?;
