@@ -1,6 +1,7 @@
 //! ABI: every struct that crosses a boundary of blksnap, and nothing else.
 //!
 //! - [`track`]: what the tracking programs and the agent share (map keys and values, ring records, counters).
+//! - [`gate`]: what the programs that make writes wait and the agent share.
 //! - [`uapi`]: the names, numbers and layouts of the original's control interface.
 //! - [`blockrange`]: the arithmetic from a bio to bits, pure, so that it is tested on the host and compiled for
 //!   the kernel unchanged.
@@ -11,6 +12,7 @@
 #![no_std]
 
 pub mod blockrange;
+pub mod gate;
 pub mod passthrough;
 pub mod track;
 pub mod uapi;

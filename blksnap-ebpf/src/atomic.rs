@@ -7,7 +7,7 @@ use core::arch::asm;
 /// # Safety
 /// `word` points to an aligned word of a map value.
 #[inline(always)]
-pub(crate) unsafe fn or(word: *mut u64, mask: u64) {
+pub unsafe fn or(word: *mut u64, mask: u64) {
     // SAFETY: the caller's contract; the verifier checks it again.
     unsafe {
         asm!("lock *(u64 *)({word} + 0) |= {mask}", word = in(reg) word, mask = in(reg) mask, options(nostack));
@@ -19,7 +19,7 @@ pub(crate) unsafe fn or(word: *mut u64, mask: u64) {
 /// # Safety
 /// `word` points to an aligned word of a map value.
 #[inline(always)]
-pub(crate) unsafe fn add(word: *mut u64, n: u64) {
+pub unsafe fn add(word: *mut u64, n: u64) {
     // SAFETY: the caller's contract; the verifier checks it again.
     unsafe {
         asm!("lock *(u64 *)({word} + 0) += {n}", word = in(reg) word, n = in(reg) n, options(nostack));
@@ -31,7 +31,7 @@ pub(crate) unsafe fn add(word: *mut u64, n: u64) {
 /// # Safety
 /// `word` points to an aligned word of a map value.
 #[inline(always)]
-pub(crate) unsafe fn subtract(word: *mut u64, n: u64) -> u64 {
+pub unsafe fn subtract(word: *mut u64, n: u64) -> u64 {
     let mut value = n.wrapping_neg();
     // SAFETY: the caller's contract; the verifier checks it again.
     unsafe {

@@ -26,11 +26,11 @@ use blksnap_common::blockrange::NO_KIND;
 use blksnap_common::track::{
     DISK_LEDGER, DISK_REQUESTS, DiskSlots, LedgerEntry, LedgerRange, SLOT_LEDGER, SLOTS_PER_DISK, SlotState,
 };
+use blksnap_ebpf::{atomic, kind_of};
 
-use crate::atomic;
 use crate::layout::{Bio, ListedBio, completed_bytes};
 use crate::maps::{LEDGER, slots_of};
-use crate::mark::{AGAIN, bump, kind_of, mark};
+use crate::mark::{AGAIN, bump, mark};
 
 /// Upper bound of bios in a request.
 const MAX_BIOS: u32 = 1 << 16;

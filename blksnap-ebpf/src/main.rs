@@ -30,8 +30,6 @@
 )]
 
 #[cfg(target_arch = "bpf")]
-mod atomic;
-#[cfg(target_arch = "bpf")]
 mod layout;
 #[cfg(target_arch = "bpf")]
 mod ledger;

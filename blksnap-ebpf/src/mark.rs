@@ -8,32 +8,22 @@ use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
 use aya_ebpf::helpers::bpf_loop;
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::error;
-use blksnap_common::blockrange::{
-    BlockRange, NO_KIND, REQ_OP_MASK, blocks_of, changed_sectors, kind_table, word_mask,
-};
+use blksnap_common::blockrange::{BlockRange, NO_KIND, blocks_of, changed_sectors, word_mask};
 use blksnap_common::track::{
     DISK_LEDGER, DiskSlots, KIND_ENTRIES, KindCounters, Record, SLOTS_PER_DISK, Slot, SlotState,
 };
 
+use blksnap_ebpf::{atomic, kind_of};
+
 use crate::layout::Bio;
+use crate::ledger;
 use crate::maps::{BITMAPS, COUNTERS, EVENTS, STATE, entry, slots_of};
-use crate::{atomic, ledger};
 
 /// Bitmap words handled without a call: a bio of 1 MiB touches at most two at the default block size.
 const INLINE_WORDS: u64 = 3;
 
 /// Upper bound of words of one bio: less than 4 GiB in blocks of 4 KiB, 64 to a word, and one for the start.
 const MAX_WORDS: u32 = (1 << 14) + 1;
-
-/// What each operation code does.
-static KINDS: [u8; 256] = kind_table();
-
-/// What the operation of `opf` does, as the code of an [`OpKind`] or [`NO_KIND`].
-#[inline(always)]
-pub(crate) fn kind_of(opf: u32) -> u8 {
-    // SAFETY: a load of a static; volatile, so that the compiler makes no branches of it again.
-    unsafe { core::ptr::read_volatile(&raw const KINDS[(opf & REQ_OP_MASK) as usize]) }
-}
 
 /// A bio was submitted, or redirected to a lower disk (`remapped`).
 #[inline(always)]

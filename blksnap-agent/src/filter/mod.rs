@@ -1,7 +1,9 @@
 //! Filter: how the old data of a device survives while a snapshot is held.
 //!
 //! - [`converge`] needs to hold no write: it copies while tracking until copy and device are equal.
+//! - [`gate`] holds the writes of any disk in use, by programs in the kernel.
 //! - [`served`] holds the writes of disks that the agent serves itself.
 
 pub mod converge;
+pub mod gate;
 pub mod served;

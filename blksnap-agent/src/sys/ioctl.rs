@@ -18,6 +18,7 @@ mod raw {
     nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
     nix::ioctl_write_ptr_bad!(blksecdiscard, nix::request_code_none!(0x12, 125), [u64; 2]);
     nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
+    nix::ioctl_write_ptr_bad!(blkpg, nix::request_code_none!(0x12, 105), super::BlkpgArgument);
     nix::ioctl_readwrite!(fifreeze, b'X', 119, c_int);
     nix::ioctl_readwrite!(fithaw, b'X', 120, c_int);
 }
@@ -142,4 +143,61 @@ pub fn fithaw(file: impl AsFd) -> Result<(), Errno> {
     let mut unused: c_int = 0;
     // SAFETY: the descriptor is open for the call; the kernel does not use the argument.
     unsafe { raw::fithaw(file.as_fd().as_raw_fd(), &raw mut unused) }.map(drop)
+}
+
+/// `struct blkpg_ioctl_arg` of `linux/blkpg.h`.
+#[repr(C)]
+struct BlkpgArgument {
+    operation: c_int,
+    flags: c_int,
+    length: c_int,
+    data: *mut BlkpgPartition,
+}
+
+/// `struct blkpg_partition` of `linux/blkpg.h`: bytes, not sectors. The names are not read.
+#[repr(C)]
+struct BlkpgPartition {
+    start: i64,
+    length: i64,
+    number: c_int,
+    device_name: [u8; 64],
+    volume_name: [u8; 64],
+}
+
+const _: () = assert!(size_of::<BlkpgPartition>() == 152 && size_of::<BlkpgArgument>() == 24);
+
+/// `BLKPG_ADD_PARTITION`: tells the kernel of a partition of the disk, in bytes; the disk's table stays as it is.
+///
+/// # Errors
+/// `EBUSY`: there is one of this number, or one that overlaps. `EINVAL`: not within the disk.
+pub fn blkpg_add(disk: impl AsFd, number: i32, start: u64, length: u64) -> Result<(), Errno> {
+    blkpg(disk, 1, number, start, length)
+}
+
+/// `BLKPG_DEL_PARTITION`: takes it back.
+///
+/// # Errors
+/// `EBUSY`: somebody uses it. `ENXIO`: there is none.
+pub fn blkpg_delete(disk: impl AsFd, number: i32) -> Result<(), Errno> {
+    blkpg(disk, 2, number, 0, 0)
+}
+
+fn blkpg(disk: impl AsFd, operation: c_int, number: i32, start: u64, length: u64) -> Result<(), Errno> {
+    let mut partition = BlkpgPartition {
+        start: i64::try_from(start).map_err(|_| Errno::EINVAL)?,
+        length: i64::try_from(length).map_err(|_| Errno::EINVAL)?,
+        number,
+        device_name: [0; 64],
+        volume_name: [0; 64],
+    };
+    let argument = BlkpgArgument {
+        operation,
+        flags: 0,
+        length: c_int::try_from(size_of::<BlkpgPartition>()).map_err(|_| Errno::EINVAL)?,
+        data: &raw mut partition,
+    };
+    // SAFETY: the descriptor is open for the call; the argument and the partition that it points to live as long, and
+    // have the layout that the kernel reads.
+    unsafe { raw::blkpg(disk.as_fd().as_raw_fd(), &raw const argument) }?;
+    Ok(())
 }

@@ -9,6 +9,7 @@ pub mod fsmap;
 pub mod inherit;
 pub mod ioctl;
 pub mod mman;
+pub mod sched;
 #[cfg(feature = "ublk")]
 pub mod ublk;
 pub mod uring;

@@ -22,6 +22,14 @@ const F_MMAPABLE: u32 = 1 << 10;
 /// `BPF_F_INNER_MAP`: inner arrays of one outer map may differ in length.
 const F_INNER_MAP: u32 = 1 << 12;
 
+/// An array of `words` words, all 0, for an outer map; and its memory.
+pub(crate) fn new_words(name: &str, words: u32) -> Result<(MapData, SharedWords), String> {
+    let description = aya_obj::Map::new_from_params(MAP_TYPE_ARRAY, 4, 8, words, F_MMAPABLE | F_INNER_MAP);
+    let map = MapData::create(description, name, None).map_err(|e| one_line(&e))?;
+    let shared = SharedWords::map(map.fd().as_fd(), words as usize).map_err(|e| e.to_string())?;
+    Ok((map, shared))
+}
+
 /// A bitmap that the programs may write to.
 #[derive(Debug)]
 pub(super) struct Bitmap {
@@ -41,10 +49,7 @@ impl Bitmap {
         };
         let words =
             u32::try_from(blocks.div_ceil(64)).map_err(|_| error(format!("{blocks} blocks are too many")))?;
-        let description =
-            aya_obj::Map::new_from_params(MAP_TYPE_ARRAY, 4, 8, words, F_MMAPABLE | F_INNER_MAP);
-        let map = MapData::create(description, "blksnap_bitmap", None).map_err(|e| error(one_line(&e)))?;
-        let shared = SharedWords::map(map.fd().as_fd(), words as usize).map_err(|e| error(e.to_string()))?;
+        let (map, shared) = new_words("blksnap_bitmap", words).map_err(error)?;
         Ok(Self {
             map,
             shared,
@@ -177,7 +182,7 @@ impl BitmapTable {
 }
 
 /// An error and its causes in one line.
-pub(super) fn one_line(error: &dyn std::error::Error) -> String {
+pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

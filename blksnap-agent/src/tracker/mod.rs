@@ -46,12 +46,14 @@ use aya::maps::{MapData, RingBuf};
 use blksnap_common::track::{MAX_SLOTS, RECORD_BYTES, RING_BYTES, SlotState};
 
 pub use bitmap::DirtyBlocks;
+pub(crate) use bitmap::{new_words, one_line};
 pub use btf::{BtfError, KernelBtf};
 pub use device::{DeviceCounters, LedgerStatus, Lost, MarkError, TrackedDevice};
 pub use empty::EmptyProgram;
 pub use error::TrackerError;
 pub use layout::Layout;
 pub use pins::{BPFFS, PinError, purge};
+pub(crate) use probe::disk_kind;
 pub use watch::{DeviceWatch, Watch, Watched};
 
 use crate::cbt::{CbtMap, ResetReason, TrackingParams};

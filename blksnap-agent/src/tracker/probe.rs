@@ -27,16 +27,16 @@ pub(super) fn direct_read(device: &BlockDevice) -> io::Result<()> {
 
 /// What the programs must know of a disk's driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct DiskKind {
+pub(crate) struct DiskKind {
     /// Sectors in a zone of a zoned disk, 0 for another one.
-    pub(super) zone_sectors: u32,
+    pub(crate) zone_sectors: u32,
     /// The driver works on requests.
-    pub(super) requests: bool,
+    pub(crate) requests: bool,
 }
 
 /// Looks the driver up (`queue/zoned` and `queue/chunk_sectors` in `Documentation/ABI/stable/sysfs-block`; a
 /// request queue shows its hardware queues in `mq`, `blk_mq_sysfs_register`).
-pub(super) fn disk_kind(device: &BlockDevice) -> DiskKind {
+pub(crate) fn disk_kind(device: &BlockDevice) -> DiskKind {
     let disk = format!("/sys/dev/block/{}", device.disk_id);
     let attribute = |name: &str| fs::read_to_string(format!("{disk}/queue/{name}")).unwrap_or_default();
     let zone_sectors = match attribute("zoned").trim() {

@@ -339,6 +339,14 @@ impl Origin {
         self.settled.notify_all();
     }
 
+    /// Breaks all snapshots of the disk.
+    pub fn break_all(&self, errno: i32, what: &str) {
+        let keys: Vec<SnapshotKey> = self.lock().stores.keys().copied().collect();
+        for key in keys {
+            self.break_off(key, errno, what);
+        }
+    }
+
     /// Ends a snapshot. Its images fail from now on.
     pub fn release(&self, snapshot: SnapshotKey) {
         let mut state = self.lock();

@@ -1,0 +1,78 @@
+//! Error: why a gate can't stand.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::engine::cow::ArmError;
+use crate::tracker::BtfError;
+
+/// A gate failed.
+#[derive(Debug, thiserror::Error)]
+pub enum GateError {
+    /// The kernel lacks a type that the programs read.
+    #[error("can't find out how this kernel lays out its structs: {0}")]
+    Btf(#[from] BtfError),
+    /// The kernel refuses the programs.
+    #[error(
+        "can't load the programs that hold writes: {0}; `blksnap-agent doctor` says which filters work here"
+    )]
+    Load(String),
+    /// A map can't be changed.
+    #[error("can't {action} gate {gate}: {reason}")]
+    Map {
+        /// What was tried.
+        action: &'static str,
+        /// The gate.
+        gate: u32,
+        /// Why.
+        reason: String,
+    },
+    /// No gate is free.
+    #[error("can't hold writes of {device}: {limit} {what} have a gate already; end a snapshot first", device = device.display())]
+    Full {
+        /// The device.
+        device: PathBuf,
+        /// How many.
+        limit: usize,
+        /// Of what.
+        what: &'static str,
+    },
+    /// The device says no.
+    #[error("can't {action} {device}: {reason}", device = device.display())]
+    Device {
+        /// What was tried.
+        action: &'static str,
+        /// The device.
+        device: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// Old data can't be read past the page cache.
+    #[error("can't read {device} past its own page cache: {reason}", device = device.display())]
+    Source {
+        /// The device.
+        device: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// Copy on write can't begin.
+    #[error("can't hold {device}: {source}", device = device.display())]
+    Arm {
+        /// The device.
+        device: PathBuf,
+        /// Why.
+        source: ArmError,
+    },
+    /// Writes that began before the instant did not end.
+    #[error("can't take {device}: writes of before the take are still under way; try again when it is less busy, or freeze its file system", device = device.display())]
+    Busy {
+        /// The device.
+        device: PathBuf,
+    },
+    /// A thread can't be started, or not with its priority.
+    #[error("can't {0}: {1}")]
+    Thread(&'static str, io::Error),
+    /// The closing of change maps, by the caller.
+    #[error("{0}")]
+    Close(String),
+}

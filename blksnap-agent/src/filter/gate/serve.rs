@@ -1,0 +1,437 @@
+//! Serve: threads that preserve what writers wait for, and one that watches the gates.
+//!
+//! One thread takes requests out of the ring, gives signs of life to the programs, and looks whether a gate is broken.
+//! It never reads or writes a disk. The others have the units admitted, which preserves them, and set their bits while
+//! they are: who arms a snapshot waits for that, and clears the bits then, so no bit of before is left.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::AsFd as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use aya::maps::{MapData, RingBuf};
+use blksnap_common::blockrange::{BlockRange, word_mask};
+use blksnap_common::gate::{GateState, REQUEST_BYTES, Request, broken};
+use blksnap_common::track::Slot;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::object::{Loaded, Object, States, Word};
+use super::source::Source;
+use super::{GateError, GateOptions};
+use crate::cow::{ChunkLayout, ChunkParams};
+use crate::disk::{BlockDevice, Disk as _};
+use crate::engine::cow::Origin;
+use crate::sys::mman::SharedWords;
+use crate::sys::sched;
+use crate::tracker::{disk_kind, new_words};
+use crate::units::SECTOR_BYTES;
+
+/// Milliseconds between signs of life.
+const BEAT: u16 = 20;
+
+/// A gate, as the threads know it.
+#[derive(Debug)]
+pub(super) struct Gated {
+    pub(super) slot: Slot,
+    disk: u32,
+    pub(super) origin: Arc<Origin>,
+    pub(super) source: Arc<Source>,
+    layout: ChunkLayout,
+    /// Units that are kept.
+    kept: SharedWords,
+    _bitmap: MapData,
+    /// The brokenness was told to the snapshots.
+    told: AtomicBool,
+}
+
+impl Gated {
+    /// Sets the bits of units.
+    fn keep(&self, range: BlockRange) {
+        let words = self.kept.words();
+        for word in range.first / 64..=range.last / 64 {
+            if let Some(bits) = usize::try_from(word).ok().and_then(|word| words.get(word)) {
+                bits.fetch_or(word_mask(range, word), Ordering::Release);
+            }
+        }
+    }
+
+    fn are_kept(&self, range: BlockRange) -> bool {
+        let words = self.kept.words();
+        (range.first / 64..=range.last / 64).all(|word| {
+            let mask = word_mask(range, word);
+            usize::try_from(word)
+                .ok()
+                .and_then(|word| words.get(word))
+                .is_some_and(|bits| bits.load(Ordering::Acquire) & mask == mask)
+        })
+    }
+
+    /// Preserves the units, a word of the bitmap at a time, so that who waits for the first goes on.
+    fn preserve(&self, range: BlockRange) {
+        let unit = self.layout.unit_bytes();
+        let last_unit = (self.layout.size() - 1) / unit;
+        let mut first = range.first;
+        while first <= range.last.min(last_unit) {
+            let last = (first | 63).min(range.last).min(last_unit);
+            let part = BlockRange { first, last };
+            if !self.are_kept(part) {
+                let offset = first * unit;
+                let end = ((last + 1) * unit).min(self.layout.size());
+                let admitted = self.origin.admit(offset, end - offset);
+                self.keep(part);
+                drop(admitted);
+            }
+            first = last + 1;
+        }
+    }
+}
+
+/// What the threads share.
+#[derive(Debug)]
+struct Shared {
+    options: GateOptions,
+    states: Arc<States>,
+    gates: Mutex<BTreeMap<u32, Arc<Gated>>>,
+    waiting: Mutex<VecDeque<Request>>,
+    wake: Condvar,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    fn gates(&self) -> MutexGuard<'_, BTreeMap<u32, Arc<Gated>>> {
+        self.gates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<Request>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next request; `None` at the end.
+    fn next(&self) -> Option<Request> {
+        let mut waiting = self.waiting();
+        loop {
+            if let Some(request) = waiting.pop_front() {
+                return Some(request);
+            }
+            if self.stop.load(Ordering::Acquire) {
+                return None;
+            }
+            waiting = self.wake.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn preserve(&self) {
+        while let Some(request) = self.next() {
+            let gated = self.gates().get(&request.gate).cloned();
+            if let Some(gated) = gated {
+                gated.preserve(BlockRange {
+                    first: request.first,
+                    last: request.last,
+                });
+            }
+        }
+    }
+
+    /// Signs of life, and broken gates.
+    fn look(&self) {
+        let now = sched::monotonic();
+        let gates: Vec<_> = self.gates().values().cloned().collect();
+        for gated in gates {
+            let word = |word| self.states.word(gated.slot.id, word);
+            word(Word::Beat).store(now, Ordering::Release);
+            let reasons = word(Word::Broken).load(Ordering::Acquire);
+            if reasons != 0 && !gated.told.swap(true, Ordering::AcqRel) {
+                let what = format!("writes are no longer held: {}", reasons_of(reasons));
+                gated.origin.break_all(Errno::EIO as i32, &what);
+            }
+        }
+    }
+}
+
+/// Why a gate is broken, in words.
+pub(super) fn reasons_of(reasons: u64) -> String {
+    let known = [
+        (
+            broken::BYPASSED,
+            "a write reached the disk before its old data was kept",
+        ),
+        (broken::DEADLINE, "a write waited as long as it may"),
+        (broken::AGENT, "the agent gave no sign of life"),
+        (broken::WHOLE_DISK, "an operation changes the whole disk"),
+        (broken::MAP, "the kernel's map is incomplete"),
+        (broken::GIVEN_UP, "the agent gave up"),
+    ];
+    let said: Vec<&str> = known
+        .iter()
+        .filter(|(bit, _)| reasons & bit != 0)
+        .map(|(_, text)| *text)
+        .collect();
+    said.join(", and ")
+}
+
+/// The gates that stand, and who serves them.
+#[derive(Debug)]
+pub(super) struct Server {
+    shared: Arc<Shared>,
+    object: Mutex<Object>,
+    epoch: SharedWords,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Server {
+    /// Starts the threads.
+    pub(super) fn start(loaded: Loaded, options: &GateOptions) -> Result<Arc<Self>, GateError> {
+        let Loaded {
+            object,
+            requests,
+            states,
+            epoch,
+        } = loaded;
+        let shared = Arc::new(Shared {
+            options: options.clone(),
+            states: Arc::new(states),
+            gates: Mutex::default(),
+            waiting: Mutex::default(),
+            wake: Condvar::new(),
+            stop: AtomicBool::new(false),
+        });
+        let server = Arc::new(Self {
+            shared: Arc::clone(&shared),
+            object: Mutex::new(object),
+            epoch,
+            threads: Mutex::default(),
+        });
+        let watched = Arc::clone(&shared);
+        server.spawn("blksnap-gate", move || watch(&watched, requests))?;
+        for _ in 0..options.threads.max(1) {
+            let shared = Arc::clone(&shared);
+            server.spawn("blksnap-keep", move || shared.preserve())?;
+        }
+        Ok(server)
+    }
+
+    fn spawn(&self, name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<(), GateError> {
+        let priority = self.shared.options.priority;
+        let (tell, told) = std::sync::mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                let ready = priority.map_or(Ok(()), sched::real_time);
+                let failed = ready.is_err();
+                let _ = tell.send(ready);
+                if !failed {
+                    work();
+                }
+            })
+            .map_err(|error| GateError::Thread("start a thread that preserves", error))?;
+        self.threads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(thread);
+        match told.recv() {
+            Ok(Err(errno)) => Err(GateError::Thread(
+                "give a thread that preserves its priority",
+                errno.into(),
+            )),
+            Ok(Ok(())) | Err(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn options(&self) -> &GateOptions {
+        &self.shared.options
+    }
+
+    fn object(&self) -> MutexGuard<'_, Object> {
+        self.object.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A gate before a device, open.
+    pub(super) fn open(&self, device: &BlockDevice, params: &ChunkParams) -> Result<Arc<Gated>, GateError> {
+        let disk = device.disk_id.kernel_dev();
+        let mut object = self.object();
+        let gate = object.reserve(disk, &device.path)?;
+        let made = self.make(&mut object, gate, device, params);
+        match &made {
+            Ok(gated) => {
+                self.shared.gates().insert(gate, Arc::clone(gated));
+            }
+            Err(_) => object.give_back(gate),
+        }
+        made
+    }
+
+    fn make(
+        &self,
+        object: &mut Object,
+        gate: u32,
+        device: &BlockDevice,
+        params: &ChunkParams,
+    ) -> Result<Arc<Gated>, GateError> {
+        let states = &self.shared.states;
+        states.clear(gate);
+        let nanoseconds = |time: std::time::Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let options = &self.shared.options;
+        let set = |word, value| states.word(gate, word).store(value, Ordering::Release);
+        set(Word::Deadline, nanoseconds(options.deadline));
+        set(Word::Silence, nanoseconds(options.silence));
+        set(Word::Beat, sched::monotonic());
+        let source = Arc::new(Source::open(device, gate, Arc::clone(states))?);
+        let layout = params.layout(device.capacity, device.logical_block, source.minimum_io());
+        let units = layout.size().div_ceil(layout.unit_bytes());
+        let too_large = |_| GateError::Map {
+            action: "make a bitmap for",
+            gate,
+            reason: format!("{units} units are too many"),
+        };
+        let words = u32::try_from(units.div_ceil(64)).map_err(too_large)?;
+        let (bitmap, kept) = new_words("blksnap_kept", words).map_err(|reason| GateError::Map {
+            action: "make a bitmap for",
+            gate,
+            reason,
+        })?;
+        object.set_kept(gate, &bitmap)?;
+        let disk = device.disk_id.kernel_dev();
+        let slot = Slot {
+            first_sector: device.first_sector.count(),
+            end_sector: device.first_sector.count() + device.capacity.count(),
+            id: gate,
+            block_shift: (layout.unit_bytes() / SECTOR_BYTES).trailing_zeros(),
+            flags: 0,
+            reserved: 0,
+        };
+        let gated = Arc::new(Gated {
+            slot,
+            disk,
+            origin: Arc::new(Origin::new(
+                Arc::clone(&source) as Arc<dyn crate::disk::Disk>,
+                layout,
+            )),
+            source,
+            layout,
+            kept,
+            _bitmap: bitmap,
+            told: AtomicBool::new(false),
+        });
+        object.insert(disk, disk_kind(device).zone_sectors, slot)?;
+        Ok(gated)
+    }
+
+    /// Makes every write wait until its units are kept. The origin is paused: nothing is kept before that ends.
+    ///
+    /// The epoch comes first, so that no copy of the program takes what it let pass before for kept; then the bits, and
+    /// then the gate, if it was open.
+    pub(super) fn arm(&self, gated: &Gated) {
+        self.epoch.words()[0].fetch_add(1, Ordering::SeqCst);
+        for word in gated.kept.words() {
+            word.store(0, Ordering::SeqCst);
+        }
+        let word = |word| self.shared.states.word(gated.slot.id, word);
+        if gated.origin.counters().snapshots == 0 {
+            gated.told.store(false, Ordering::SeqCst);
+            word(Word::Broken).store(0, Ordering::SeqCst);
+        }
+        word(Word::Beat).store(sched::monotonic(), Ordering::SeqCst);
+        word(Word::Armed).store(1, Ordering::SeqCst);
+    }
+
+    /// Lets writes pass if no snapshot needs the gate.
+    pub(super) fn open_if_unused(&self, gated: &Gated) {
+        let _paused = gated.origin.pause();
+        if gated.origin.counters().snapshots == 0 {
+            self.shared
+                .states
+                .word(gated.slot.id, Word::Armed)
+                .store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Takes the gate away.
+    pub(super) fn close(&self, gated: &Gated) {
+        self.shared
+            .states
+            .word(gated.slot.id, Word::Armed)
+            .store(0, Ordering::SeqCst);
+        gated
+            .origin
+            .break_all(Errno::ENODEV as i32, "its gate was taken away");
+        let mut object = self.object();
+        if let Err(error) = object.remove(gated.disk, gated.slot.id) {
+            tracing::warn!(%error, "a gate that is open stays in the table");
+            return;
+        }
+        self.shared.gates().remove(&gated.slot.id);
+        object.give_back(gated.slot.id);
+    }
+
+    pub(super) fn state(&self, slot: &Slot) -> GateState {
+        self.shared.states.read(slot.id)
+    }
+
+    pub(super) fn passed(&self, gate: u32) -> Result<u64, GateError> {
+        self.object().passed(gate)
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.object().is_idle()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        drop(self.shared.waiting());
+        self.shared.wake.notify_all();
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the gate ended by a defect");
+            }
+        }
+    }
+}
+
+/// Takes requests out of the ring until the end.
+fn watch(shared: &Shared, mut ring: RingBuf<MapData>) {
+    while !shared.stop.load(Ordering::Acquire) {
+        shared.look();
+        let mut requests = Vec::new();
+        while let Some(item) = ring.next() {
+            requests.extend(request(&item));
+        }
+        if requests.is_empty() {
+            wait(&ring);
+            continue;
+        }
+        let count = requests.len();
+        shared.waiting().extend(requests);
+        for _ in 0..count {
+            shared.wake.notify_one();
+        }
+    }
+}
+
+/// Waits for the ring, at most as long as a sign of life may take.
+fn wait(ring: &RingBuf<MapData>) {
+    let mut polled = [PollFd::new(ring.as_fd(), PollFlags::POLLIN)];
+    if let Err(errno) = poll(&mut polled, PollTimeout::from(BEAT))
+        && errno != Errno::EINTR
+    {
+        tracing::warn!(%errno, "can't wait for requests");
+    }
+}
+
+fn request(bytes: &[u8]) -> Option<Request> {
+    if bytes.len() < REQUEST_BYTES {
+        return None;
+    }
+    let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    let gate = u32::from_ne_bytes(bytes[16..20].try_into().expect("four bytes"));
+    Some(Request {
+        first: word(0),
+        last: word(8),
+        gate,
+        reserved: 0,
+    })
+}

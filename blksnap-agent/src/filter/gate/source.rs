@@ -1,0 +1,289 @@
+//! Source: reads an origin past its own page cache, and says when what it read is no longer the instant's.
+//!
+//! A direct read first writes back the dirty pages of the node that it goes through. Of the origin's own node these are
+//! the pages of the very writers that may wait for this read. So the read goes another way:
+//!
+//! | origin | way |
+//! |---|---|
+//! | partition | its whole disk, at absolute offsets |
+//! | loop device | its backing file |
+//! | another whole disk | a partition over all of it, which the kernel knows and the disk does not ([`Alias`]) |
+//!
+//! Each of these nodes has a page cache of its own, which nobody fills. Who writes to a whole disk through its page
+//! cache while one of its partitions has a gate is the one exception: such a write can wait until the deadline.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+
+use super::GateError;
+use super::object::{States, Word};
+use crate::disk::{Allocation, BlockDevice, Disk, Zero};
+use crate::sys::{AlignedBuffer, ioctl};
+
+/// Number of the partition over a whole disk: the last that the kernel knows (`DISK_MAX_PARTS` of
+/// include/linux/blkdev.h is 256, and 0 is the disk).
+const ALIAS: i32 = 255;
+
+/// The way to the origin's bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// Through this node of the whole disk.
+    WholeDisk(PathBuf),
+    /// Through this partition over the whole disk.
+    Alias(PathBuf),
+    /// From this file behind a loop device.
+    Backing(PathBuf),
+}
+
+/// A partition over all of a disk, which is in no partition table. Taken back when dropped.
+#[derive(Debug)]
+pub(super) struct Alias {
+    disk: PathBuf,
+    node: PathBuf,
+}
+
+impl Alias {
+    /// Adds it; one that an agent left behind is taken over.
+    fn add(device: &BlockDevice) -> io::Result<Self> {
+        let disk = File::open(&device.path)?;
+        let length = device.capacity.bytes();
+        match ioctl::blkpg_add(&disk, ALIAS, 0, length) {
+            // Overlaps itself, if it was left behind. Another one over the whole disk does as well.
+            Ok(()) => {}
+            Err(Errno::EBUSY) if is_whole(device) => {}
+            Err(Errno::EBUSY) => {
+                return Err(io::Error::other(
+                    "it has partitions; hold their writes, one by one",
+                ));
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+        let name = alias_name(&device.name);
+        let alias = Self {
+            disk: device.path.clone(),
+            node: Path::new("/dev").join(name),
+        };
+        if alias.node.exists() {
+            Ok(alias)
+        } else {
+            Err(io::Error::other(format!(
+                "the kernel made no node {}; mount devtmpfs on /dev",
+                alias.node.display()
+            )))
+        }
+    }
+}
+
+impl Drop for Alias {
+    fn drop(&mut self) {
+        let removed = File::open(&self.disk)
+            .and_then(|disk| ioctl::blkpg_delete(&disk, ALIAS).map_err(io::Error::from));
+        if let Err(error) = removed {
+            tracing::warn!(node = %self.node.display(), %error, "a partition that only this agent uses stays");
+        }
+    }
+}
+
+/// Whether the disk has a partition of our number from its first sector to its last.
+fn is_whole(device: &BlockDevice) -> bool {
+    let of = |what: &str| -> Option<u64> {
+        let path = format!("/sys/block/{0}/{1}/{what}", device.name, alias_name(&device.name));
+        fs::read_to_string(path).ok()?.trim().parse().ok()
+    };
+    of("start") == Some(0) && of("size") == Some(device.capacity.count())
+}
+
+/// The kernel's name of a partition (`disk_name` in block/partitions/core.c).
+fn alias_name(disk: &str) -> String {
+    let separator = if disk.ends_with(|last: char| last.is_ascii_digit()) {
+        "p"
+    } else {
+        ""
+    };
+    format!("{disk}{separator}{ALIAS}")
+}
+
+/// An origin, to be read.
+pub struct Source {
+    name: String,
+    file: File,
+    reading: Reading,
+    /// First byte of the device in the file.
+    start: u64,
+    size: u64,
+    logical_block: u32,
+    minimum_io: u32,
+    direct: bool,
+    gate: u32,
+    states: Arc<States>,
+    /// Closed before it goes.
+    _alias: Option<Alias>,
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Source")
+            .field("name", &self.name)
+            .field("reading", &self.reading)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Source {
+    /// Finds a way to the bytes of `device`, whose gate is `gate`.
+    pub(super) fn open(device: &BlockDevice, gate: u32, states: Arc<States>) -> Result<Self, GateError> {
+        let failed = |error: io::Error| GateError::Source {
+            device: device.path.clone(),
+            reason: error.to_string(),
+        };
+        let (reading, file, start, direct, alias) = Self::way(device).map_err(failed)?;
+        Ok(Self {
+            name: device.path.display().to_string(),
+            file,
+            reading,
+            start,
+            size: device.capacity.bytes(),
+            logical_block: device.logical_block,
+            minimum_io: device.minimum_io.max(device.logical_block),
+            direct,
+            gate,
+            states,
+            _alias: alias,
+        })
+    }
+
+    fn way(device: &BlockDevice) -> io::Result<(Reading, File, u64, bool, Option<Alias>)> {
+        let start = device.first_sector.bytes();
+        let directly = |path: &Path| {
+            OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_DIRECT)
+                .open(path)
+        };
+        if let Some((path, offset)) = backing(&device.disk_name)? {
+            let file = File::open(&path).map_err(|error| {
+                io::Error::new(error.kind(), format!("open its file {}: {error}", path.display()))
+            })?;
+            return Ok((Reading::Backing(path), file, offset + start, false, None));
+        }
+        if !device.is_whole_disk() {
+            let path = device.disk_path.clone();
+            let file = directly(&path)?;
+            return Ok((Reading::WholeDisk(path), file, start, true, None));
+        }
+        let alias = Alias::add(device)?;
+        let path = alias.node.clone();
+        let file = directly(&path)?;
+        Ok((Reading::Alias(path), file, 0, true, Some(alias)))
+    }
+
+    /// How it is read.
+    #[must_use]
+    pub const fn reading(&self) -> &Reading {
+        &self.reading
+    }
+
+    fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        if !self.direct {
+            return self.file.read_exact_at(buffer, self.start + offset);
+        }
+        let block = u64::from(self.logical_block);
+        let first = offset - offset % block;
+        let end = (offset + buffer.len() as u64)
+            .next_multiple_of(block)
+            .min(self.size);
+        let skipped = usize::try_from(offset - first).map_err(io::Error::other)?;
+        let length = usize::try_from(end - first).map_err(io::Error::other)?;
+        let mut bounce = AlignedBuffer::zeroed(length);
+        let aligned = &mut bounce.as_mut_slice()[..length];
+        self.file.read_exact_at(aligned, self.start + first)?;
+        buffer.copy_from_slice(&aligned[skipped..][..buffer.len()]);
+        Ok(())
+    }
+
+    fn refused<T>() -> io::Result<T> {
+        Err(io::Error::from(Errno::EROFS))
+    }
+}
+
+/// The file behind a loop device and the byte that it begins at; `None` for another device.
+fn backing(disk: &str) -> io::Result<Option<(PathBuf, u64)>> {
+    let attribute = |name: &str| fs::read_to_string(format!("/sys/block/{disk}/loop/{name}"));
+    let path = match attribute("backing_file") {
+        Ok(path) => path,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let offset = attribute("offset")?
+        .trim()
+        .parse::<u64>()
+        .map_err(io::Error::other)?;
+    Ok(Some((PathBuf::from(path.trim_end_matches('\n')), offset)))
+}
+
+impl Disk for Source {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn logical_block(&self) -> u32 {
+        self.logical_block
+    }
+
+    fn minimum_io(&self) -> u32 {
+        self.minimum_io
+    }
+
+    /// Reads, and looks at the gate afterwards: data of a broken one may be newer than the instant.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let within = offset.checked_add(buffer.len() as u64);
+        if within.is_none_or(|end| end > self.size) {
+            return Err(Errno::EINVAL.into());
+        }
+        if !buffer.is_empty() {
+            self.read(buffer, offset)?;
+        }
+        // The data first: nothing of this look may come before it.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        match self.states.word(self.gate, Word::Broken).load(Ordering::SeqCst) {
+            0 => Ok(()),
+            reasons => Err(io::Error::other(format!(
+                "writes are no longer held: {}",
+                super::serve::reasons_of(reasons)
+            ))),
+        }
+    }
+
+    fn write_at(&self, _data: &[u8], _offset: u64) -> io::Result<()> {
+        Self::refused()
+    }
+
+    fn zero_at(&self, _offset: u64, _length: u64, _zero: Zero, _fast: bool) -> io::Result<()> {
+        Self::refused()
+    }
+
+    fn discard_at(&self, _offset: u64, _length: u64) -> io::Result<()> {
+        Self::refused()
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn allocation(&self, offset: u64, length: u64, _most: usize) -> io::Result<Vec<Allocation>> {
+        if offset.checked_add(length).is_none_or(|end| end > self.size) {
+            return Err(Errno::EINVAL.into());
+        }
+        Ok(vec![Allocation { length, hole: false }])
+    }
+}

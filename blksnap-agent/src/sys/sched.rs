@@ -1,0 +1,27 @@
+//! Scheduling: priority of a thread, and the clock that programs in the kernel see.
+
+use nix::errno::Errno;
+use nix::time::{ClockId, clock_gettime};
+
+/// `CLOCK_MONOTONIC` in nanoseconds, which is what `bpf_ktime_get_ns` gives.
+#[must_use]
+pub fn monotonic() -> u64 {
+    // It can't fail for this clock; 0 would be a sign of life from long ago.
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| {
+        let seconds = u64::try_from(time.tv_sec()).unwrap_or_default();
+        seconds * 1_000_000_000 + u64::try_from(time.tv_nsec()).unwrap_or_default()
+    })
+}
+
+/// Gives the calling thread real-time priority (`SCHED_FIFO`, 1 to 99).
+///
+/// # Errors
+/// `EPERM`: without `CAP_SYS_NICE`. `EINVAL`: another number.
+pub fn real_time(priority: u8) -> Result<(), Errno> {
+    let parameters = libc::sched_param {
+        sched_priority: priority.into(),
+    };
+    // SAFETY: 0 names the calling thread; the parameters live as long as the call.
+    Errno::result(unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) })?;
+    Ok(())
+}

@@ -1,0 +1,169 @@
+//! The gate on kernels that can hold writes: every byte of an image is compared, under load, and what can't be kept is
+//! said.
+
+mod scene;
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use blksnap_agent::filter::gate::{GateOptions, Reading};
+use blksnap_common::gate::{COPIES, broken};
+use blksnap_tests::lab;
+
+use scene::{Load, MIB, Scene, partition};
+
+/// One writer after the other: each first write waits, each second one does not.
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn the_first_write_of_a_unit_waits_and_no_other() -> Result<()> {
+    let scene = Scene::new(&partition(32 * MIB)?, GateOptions::default())?;
+    ensure!(matches!(scene.gate().reading(), Reading::WholeDisk(_)));
+    let image = scene.take()?;
+    let load = Load::new(&scene);
+    for _ in 0..2 {
+        for block in 0..16 {
+            load.write(block * 8192, 4096)?;
+        }
+    }
+    let state = scene.gate().state();
+    ensure!(state.broken == 0, "{state:?}");
+    ensure!(state.held == 16 && state.requests >= 16, "{state:?}");
+    ensure!(scene.gate().passed()? >= 16, "{} passed", scene.gate().passed()?);
+    scene.compare(&image)?;
+    scene.release(&image);
+    let held = scene.gate().state().held;
+    load.write(20 * 8192, 4096)?;
+    ensure!(
+        scene.gate().state().held == held,
+        "a write waited with no snapshot held"
+    );
+    Ok(())
+}
+
+fn exact_under_load(scene: &Scene, threads: usize, time: Duration) -> Result<()> {
+    let image = scene.take()?;
+    let load = Load::new(scene);
+    let written = load.run(threads, time)?;
+    scene.compare(&image)?;
+    let state = scene.gate().state();
+    println!("{threads} writers, {written} writes: {state:?}");
+    println!(
+        "mean hold {} us, longest {} us",
+        state.held_nanoseconds / state.held.max(1) / 1000,
+        state.longest / 1000
+    );
+    ensure!(state.broken == 0, "{state:?}");
+    ensure!(written > 100 && state.held > 50, "{written} writes: {state:?}");
+    scene.release(&image);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn an_image_of_a_partition_is_exact() -> Result<()> {
+    let scene = Scene::new(&partition(32 * MIB)?, GateOptions::default())?;
+    exact_under_load(&scene, 4, Duration::from_secs(8))
+}
+
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn an_image_of_a_whole_disk_is_exact() -> Result<()> {
+    let disk = lab::virtio(1)?;
+    let scene = Scene::new(&disk, GateOptions::default())?;
+    ensure!(matches!(scene.gate().reading(), Reading::Alias(_)));
+    exact_under_load(&scene, 4, Duration::from_secs(8))?;
+    let alias = std::path::PathBuf::from(format!("{}255", disk.display()));
+    ensure!(alias.exists());
+    drop(scene);
+    ensure!(!alias.exists(), "{} is left", alias.display());
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn preserving_with_real_time_priority() -> Result<()> {
+    let options = GateOptions {
+        priority: Some(50),
+        ..GateOptions::default()
+    };
+    let scene = Scene::new(&partition(32 * MIB)?, options)?;
+    exact_under_load(&scene, 4, Duration::from_secs(8))
+}
+
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn many_writers_wait_at_once() -> Result<()> {
+    let scene = Scene::new(&partition(64 * MIB)?, GateOptions::default())?;
+    exact_under_load(&scene, COPIES - 2, Duration::from_secs(10))?;
+    let state = scene.gate().state();
+    ensure!(state.copies > 1, "only one writer waited on a CPU: {state:?}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn two_snapshots_share_a_gate() -> Result<()> {
+    let scene = Scene::new(&partition(32 * MIB)?, GateOptions::default())?;
+    let first = scene.take()?;
+    let load = Load::new(&scene);
+    load.run(2, Duration::from_secs(3))?;
+    let between = scene.read_device()?;
+    let second = scene.take()?;
+    load.run(2, Duration::from_secs(3))?;
+    scene.compare(&first)?;
+    scene.compare_to(&second, &between)?;
+    ensure!(scene.gate().state().broken == 0);
+    scene.release(&first);
+    load.run(2, Duration::from_secs(2))?;
+    scene.compare_to(&second, &between)
+}
+
+/// More writers on a CPU than copies: one gets past, the auditor sees it, and the snapshot says so.
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn a_writer_that_gets_past_breaks_the_snapshot() -> Result<()> {
+    let options = GateOptions {
+        copies: 1,
+        ..GateOptions::default()
+    };
+    let scene = Scene::new(&partition(32 * MIB)?, options)?;
+    let image = scene.take()?;
+    Load::new(&scene).run(12, Duration::from_secs(5))?;
+    let state = scene.gate().state();
+    ensure!(
+        state.broken & broken::BYPASSED != 0 && state.bypassed > 0,
+        "{state:?}"
+    );
+    let error = scene.compare(&image).err().map(|error| format!("{error:#}"));
+    ensure!(
+        error
+            .as_ref()
+            .is_some_and(|error| error.contains("lost") || error.contains("kept")),
+        "{error:?}"
+    );
+    ensure!(scene.told().load(Ordering::Acquire) == 1);
+    Ok(())
+}
+
+/// Writers go on with no error when nobody serves them in time.
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn a_deadline_that_passes_breaks_the_snapshot() -> Result<()> {
+    let options = GateOptions {
+        deadline: Duration::from_millis(2),
+        ..GateOptions::default()
+    };
+    let scene = Scene::new(&partition(32 * MIB)?, options)?;
+    // Old data can't be kept while this is held.
+    let image = scene.take_slowly(Duration::from_millis(300))?;
+    let load = Load::new(&scene);
+    load.run(2, Duration::from_secs(2))?;
+    let state = scene.gate().state();
+    ensure!(state.broken & broken::DEADLINE != 0, "{state:?}");
+    ensure!(scene.compare(&image).is_err(), "a lost image was read");
+    ensure!(scene.told().load(Ordering::Acquire) == 1);
+    // The next one is whole.
+    scene.release(&image);
+    Ok(())
+}
