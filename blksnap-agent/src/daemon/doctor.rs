@@ -9,6 +9,7 @@ use std::io;
 use std::path::Path;
 
 use crate::control::api::{Check, CheckState, DoctorReport};
+use crate::filter::gate::{Availability, GateOptions, Preemption};
 use crate::ublk::{self, UblkError};
 
 /// Bits of `CapEff` in `/proc/self/status`, from `include/uapi/linux/capability.h`.
@@ -46,12 +47,11 @@ pub fn examine(btf: &Path, load: &dyn Fn() -> Result<(), String>) -> DoctorRepor
         programs(load()),
         io_uring(io_uring::IoUring::new(2).map(drop)),
         block_devices(ublk::available()),
-        preemption(
-            fs::read_to_string("/sys/kernel/debug/sched/preempt")
-                .ok()
-                .as_deref(),
-            &fs::read_to_string("/proc/version").unwrap_or_default(),
-        ),
+        gate(&Availability::find(&GateOptions {
+            copies: 1,
+            btf: btf.to_owned(),
+            ..GateOptions::default()
+        })),
     ];
     DoctorReport {
         ok: checks.iter().all(|check| check.state != CheckState::Failed),
@@ -240,18 +240,31 @@ fn block_devices(available: Result<(), UblkError>) -> Check {
     check("ublk", state, format!("not in use: {found}"), remedy)
 }
 
-/// The filter `gate` needs to know it; tracking and `converge` work with each.
-fn preemption(dynamic: Option<&str>, version: &str) -> Check {
-    let chosen = dynamic
-        .and_then(|modes| modes.split_once('(')?.1.split_once(')'))
-        .map(|(mode, _)| mode.to_owned());
-    let found = chosen.unwrap_or_else(|| {
-        ["PREEMPT_RT", "PREEMPT_DYNAMIC", "PREEMPT_LAZY", "PREEMPT"]
-            .into_iter()
-            .find(|word| version.contains(word))
-            .map_or_else(|| "none or voluntary".to_owned(), str::to_lowercase)
-    });
-    check("preemption", CheckState::Ok, found, "")
+/// Whether the writes of disks in use could be held (`filter::gate`); all else works without.
+fn gate(found: &Availability) -> Check {
+    let mode = match &found.preemption {
+        Preemption::Voluntary(mode) => mode.as_str(),
+        Preemption::Lazy => "lazy",
+        Preemption::Full => "full",
+        Preemption::Unknown => "not known",
+    };
+    match found.lacks() {
+        None => check(
+            "gate",
+            CheckState::Ok,
+            format!("this kernel can hold writes, preemption is {mode}"),
+            "",
+        ),
+        Some(what) => {
+            let (found, remedy) = what.split_once("; ").unwrap_or((&what, ""));
+            check(
+                "gate",
+                CheckState::Ok,
+                format!("not possible here: {found}"),
+                remedy,
+            )
+        }
+    }
 }
 
 #[cfg(test)]
@@ -315,11 +328,17 @@ mod tests {
             bpffs("proc /proc proc rw 0 0\n", "nodev\tproc\n").state,
             CheckState::Failed
         );
-        assert_eq!(preemption(Some("none voluntary (full) lazy\n"), "").found, "full");
-        assert_eq!(
-            preemption(None, "Linux version 6.12 SMP PREEMPT_DYNAMIC Debian").found,
-            "preempt_dynamic"
+        let able = |preemption| Availability {
+            preemption,
+            programs: Ok(()),
+        };
+        assert!(
+            gate(&able(Preemption::Full))
+                .found
+                .ends_with("preemption is full")
         );
+        let voluntary = gate(&able(Preemption::Voluntary("voluntary".into())));
+        assert!(voluntary.found.contains("not possible") && voluntary.remedy.contains("preempt=full"));
     }
 
     #[test]

@@ -25,8 +25,8 @@ use crate::maps::{KEPT, REQUESTS, STATE};
 /// Most turns of one loop (`BPF_MAX_LOOPS` of include/linux/bpf_verifier.h).
 const TURNS: u32 = 1 << 23;
 
-/// Loops in a row: more than enough for any deadline, and the verifier sees an end.
-const LOOPS: u32 = 64;
+/// Loops in a row, in a loop of their own: more than enough for any deadline.
+const ROUNDS: u32 = 256;
 
 /// Words of a bitmap that one bio can touch: less than 4 GiB in units of 4 KiB, 64 to a word, and one for the start.
 const MAX_WORDS: u32 = (1 << 14) + 1;
@@ -165,17 +165,19 @@ pub(crate) fn hold(gate: u32, range: BlockRange, copy: u32) {
         over: 0,
         reserved: 0,
     };
-    for _ in 0..LOOPS {
-        // SAFETY: the callback has the signature that the helper expects, the context outlives the call.
-        unsafe { bpf_loop(TURNS, turn as *mut c_void, addr_of_mut!(wait).cast(), 0) };
-        // SAFETY: a plain read of this frame's own variable, which the callback may have changed.
-        if unsafe { read_volatile(&raw const wait.over) } != 0 {
-            break;
-        }
-    }
-    // SAFETY: as above.
+    // SAFETY: the callback has the signature that the helper expects, the context outlives the call.
+    unsafe { bpf_loop(ROUNDS, round as *mut c_void, addr_of_mut!(wait).cast(), 0) };
+    // SAFETY: a helper without arguments.
     let time = unsafe { bpf_ktime_get_ns() } - since;
     account(gate, time, copy);
+}
+
+/// Callback of the outer `bpf_loop`: so many turns as one loop may have; 1 ends it.
+extern "C" fn round(_index: u64, wait: *mut Wait) -> i64 {
+    // SAFETY: the callback has the signature that the helper expects, and `wait` outlives the call.
+    unsafe { bpf_loop(TURNS, turn as *mut c_void, wait.cast(), 0) };
+    // SAFETY: `wait` is the context that `hold` passed.
+    i64::from(unsafe { read_volatile(&raw const (*wait).over) } != 0)
 }
 
 /// Callback of `bpf_loop`: one look at what is waited for; 1 ends the loop.

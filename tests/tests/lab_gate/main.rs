@@ -139,7 +139,7 @@ fn a_writer_that_gets_past_breaks_the_snapshot() -> Result<()> {
     ensure!(
         error
             .as_ref()
-            .is_some_and(|error| error.contains("lost") || error.contains("kept")),
+            .is_some_and(|error| error.contains("broken") || error.contains("no longer held")),
         "{error:?}"
     );
     ensure!(scene.told().load(Ordering::Acquire) == 1);

@@ -51,6 +51,9 @@ pub use technique::{Availability, Preemption};
 use object::Object;
 use serve::{Gated, Server};
 
+/// Least time that writes of before a take have to end in.
+const SETTLE: Duration = Duration::from_millis(50);
+
 /// How gates work.
 #[derive(Clone, Debug)]
 pub struct GateOptions {
@@ -258,7 +261,8 @@ impl Gate {
 
     /// Waits until the driver has no write that passed before the gate was armed, and nothing is being preserved.
     fn settle(&self) -> Result<(), GateError> {
-        let until = std::time::Instant::now() + self.server.options().deadline / 2;
+        let most = (self.server.options().deadline / 2).max(SETTLE);
+        let until = std::time::Instant::now() + most;
         let mut idle = 0;
         loop {
             let writes = self

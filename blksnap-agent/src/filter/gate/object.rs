@@ -73,7 +73,8 @@ impl Object {
             let program: &mut BtfTracePoint = program(&mut ebpf, name)?;
             program.attach().map_err(|e| load(&e))?;
         }
-        for copy in 0..options.copies.clamp(1, COPIES) {
+        // What is attached last runs first (`bpf_trampoline_link_prog` adds at the head): so the first copy is the first.
+        for copy in (0..options.copies.clamp(1, COPIES)).rev() {
             let program: &mut FEntry = program(&mut ebpf, &format!("wait_{copy}"))?;
             program.attach().map_err(|e| load(&e))?;
         }

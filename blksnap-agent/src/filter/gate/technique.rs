@@ -19,19 +19,27 @@ pub enum Preemption {
 }
 
 impl Preemption {
-    /// Of this kernel: debugfs says it, where it may be read, else the version does.
+    /// Of this kernel: debugfs says it, where it may be read, else the command line that it was started with, else the
+    /// version.
     #[must_use]
     pub fn now() -> Self {
         let modes = fs::read_to_string("/sys/kernel/debug/sched/preempt");
         let version = fs::read_to_string("/proc/sys/kernel/version").unwrap_or_default();
-        Self::of(modes.ok().as_deref(), &version)
+        let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+        Self::of(modes.ok().as_deref(), &line, &version)
     }
 
-    /// From the list of modes of a kernel that can change them, where it is, and the version (`uname -v`).
+    /// From the list of modes of a kernel that can change them, where it is, the command line (`preempt=`), and the
+    /// version (`uname -v`).
     #[must_use]
-    pub fn of(modes: Option<&str>, version: &str) -> Self {
+    pub fn of(modes: Option<&str>, line: &str, version: &str) -> Self {
         let chosen = modes.and_then(|modes| modes.split_once('(')?.1.split_once(')'));
-        match chosen.map(|(mode, _)| mode) {
+        let given = || {
+            let mut words = line.split_whitespace().rev();
+            words.find_map(|word| word.strip_prefix("preempt="))
+        };
+        let given = given().filter(|_| version.contains("PREEMPT_DYNAMIC"));
+        match chosen.map(|(mode, _)| mode).or(given) {
             Some("lazy") => Self::Lazy,
             Some("full") => Self::Full,
             Some(mode) => Self::Voluntary(mode.to_owned()),
@@ -94,16 +102,20 @@ mod tests {
     #[test]
     fn preemption_is_read_from_the_list_first() {
         let dynamic = "#1 SMP PREEMPT_DYNAMIC Debian 6.12";
-        let of = |modes| Preemption::of(Some(modes), dynamic);
+        let of = |modes| Preemption::of(Some(modes), "quiet preempt=none", dynamic);
         assert_eq!(of("none voluntary (full) \n"), Preemption::Full);
         assert_eq!(of("full (lazy)\n"), Preemption::Lazy);
         assert_eq!(
             of("none (voluntary) full"),
             Preemption::Voluntary("voluntary".into())
         );
-        assert_eq!(Preemption::of(None, dynamic), Preemption::Unknown);
-        assert_eq!(Preemption::of(None, "#1 SMP PREEMPT_LAZY"), Preemption::Lazy);
-        assert_eq!(Preemption::of(None, "#1 SMP PREEMPT_RT"), Preemption::Full);
-        assert!(!Preemption::of(None, "#1 SMP").can_spin());
+        assert_eq!(Preemption::of(None, "quiet", dynamic), Preemption::Unknown);
+        assert_eq!(
+            Preemption::of(None, "preempt=none preempt=full", dynamic),
+            Preemption::Full
+        );
+        assert_eq!(Preemption::of(None, "", "#1 SMP PREEMPT_LAZY"), Preemption::Lazy);
+        assert_eq!(Preemption::of(None, "", "#1 SMP PREEMPT_RT"), Preemption::Full);
+        assert!(!Preemption::of(None, "preempt=full", "#1 SMP").can_spin());
     }
 }
