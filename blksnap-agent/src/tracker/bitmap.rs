@@ -14,6 +14,7 @@ use crate::units::{BlockSize, Extent, Sectors};
 use super::TrackerError;
 use super::periods::Marked;
 use super::pins::{self, PinError};
+use super::refusal::one_line;
 
 /// `BPF_MAP_TYPE_ARRAY`.
 const MAP_TYPE_ARRAY: u32 = 2;
@@ -179,21 +180,6 @@ impl BitmapTable {
             reason: one_line(&e),
         })
     }
-}
-
-/// An error and its causes in one line.
-pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text.replace('\n', " ")
 }
 
 /// The blocks written in a closed period.

@@ -4,8 +4,8 @@ use aya::programs::BtfTracePoint;
 use aya::{Btf, Ebpf, EbpfLoader};
 
 use super::TrackerError;
-use super::bitmap::one_line;
 use super::object::{OBJECT, program};
+use super::refusal::one_line;
 
 /// The name of the program in the object.
 const NAME: &str = "bench_empty";

@@ -10,8 +10,8 @@ use blksnap_common::passthrough::Commands;
 use blksnap_common::track::{GUARD_CONTROLLER, GUARD_FREE, GUARD_HIDDEN, GUARDS, Guard};
 
 use super::TrackerError;
-use super::bitmap::one_line;
 use super::layout::KnownCommands;
+use super::refusal::one_line;
 use crate::disk::presence::SYSFS;
 use crate::disk::stack::{Driver, Stack};
 use crate::units::DeviceId;

@@ -29,6 +29,7 @@ mod periods;
 mod pins;
 mod probe;
 pub mod record;
+mod refusal;
 pub mod selftest;
 #[cfg(test)]
 mod testing;
@@ -46,7 +47,7 @@ use aya::maps::{MapData, RingBuf};
 use blksnap_common::track::{MAX_SLOTS, RECORD_BYTES, RING_BYTES, SlotState};
 
 pub use bitmap::DirtyBlocks;
-pub(crate) use bitmap::{new_words, one_line};
+pub(crate) use bitmap::new_words;
 pub use btf::{BtfError, KernelBtf};
 pub use device::{DeviceCounters, LedgerStatus, Lost, MarkError, TrackedDevice};
 pub use empty::EmptyProgram;
@@ -54,6 +55,7 @@ pub use error::TrackerError;
 pub use layout::Layout;
 pub use pins::{BPFFS, PinError, purge};
 pub(crate) use probe::disk_kind;
+pub(crate) use refusal::{one_line, verdict};
 pub use watch::{DeviceWatch, Watch, Watched};
 
 use crate::cbt::{CbtMap, ResetReason, TrackingParams};

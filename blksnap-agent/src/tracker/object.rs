@@ -24,12 +24,13 @@ use blksnap_common::track::{
     SLOT_LEDGER, SLOTS_PER_DISK, Slot, SlotCounters, SlotState, disk_entry,
 };
 
-use super::bitmap::{BitmapTable, one_line};
+use super::bitmap::BitmapTable;
 use super::btf::KernelBtf;
 use super::guards::Guards;
 use super::layout::Layout;
 use super::pins::{self, Pins};
 use super::probe::DiskKind;
+use super::refusal::{one_line, verdict};
 use super::{TrackerConfig, TrackerError};
 use crate::sys::mman::SharedWords;
 use pinned::{Earlier, Link};
@@ -518,18 +519,6 @@ pub(super) fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfT
         .program_mut(name)
         .ok_or_else(|| TrackerError::Load(format!("the object has no program {name}")))?;
     program.try_into().map_err(|e| TrackerError::Load(one_line(&e)))
-}
-
-/// The end of a message: the kernel's verifier says last what it refused, after pages of how it got there.
-fn verdict(message: &str) -> String {
-    const MOST: usize = 400;
-    match message.char_indices().rev().nth(MOST) {
-        Some((cut, _)) => {
-            tracing::debug!(message, "the kernel refused the programs");
-            format!("…{}", &message[cut..])
-        }
-        None => message.to_owned(),
-    }
 }
 
 fn map_error(action: &'static str, slot: u32, error: &dyn std::error::Error) -> TrackerError {

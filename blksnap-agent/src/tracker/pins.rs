@@ -28,7 +28,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use super::bitmap::one_line;
+use super::refusal::one_line;
 
 /// Where the kernel's own mount point for it is.
 pub const BPFFS: &str = "/sys/fs/bpf";

@@ -13,7 +13,7 @@ use blksnap_common::track::{DiskSlots, SLOTS_PER_DISK, Slot};
 
 use super::{GateError, GateOptions};
 use crate::sys::mman::SharedWords;
-use crate::tracker::{KernelBtf, one_line};
+use crate::tracker::{KernelBtf, one_line, verdict};
 
 /// The compiled programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gate"));
@@ -55,7 +55,7 @@ pub(super) struct Loaded {
 impl Object {
     /// Loads the programs and attaches them: the auditors first, so that no write is held that is not looked at.
     pub(super) fn load(options: &GateOptions) -> Result<Loaded, GateError> {
-        let load = |error: &dyn std::error::Error| GateError::Load(one_line(error));
+        let load = |error: &dyn std::error::Error| GateError::Load(verdict(&one_line(error)));
         let mut ebpf = prepare(options)?;
         let mut take = |name: &'static str| {
             ebpf.take_map(name)
@@ -257,7 +257,7 @@ fn words_of(map: &Map, words: usize) -> Result<SharedWords, GateError> {
 
 /// Loads maps and programs.
 fn prepare(options: &GateOptions) -> Result<Ebpf, GateError> {
-    let load = |error: &dyn std::error::Error| GateError::Load(one_line(error));
+    let load = |error: &dyn std::error::Error| GateError::Load(verdict(&one_line(error)));
     let globals = globals(&KernelBtf::read(&options.btf)?)?;
     let mut loader = EbpfLoader::new();
     for (name, value) in &globals {

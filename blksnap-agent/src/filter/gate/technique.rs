@@ -79,8 +79,15 @@ impl Availability {
     /// What keeps it from working, with the remedy.
     #[must_use]
     pub fn lacks(&self) -> Option<String> {
-        if let Err(error) = &self.programs {
-            return Some(error.to_string());
+        match &self.programs {
+            Err(GateError::Load(why)) => {
+                return Some(format!(
+                    "it refuses programs on entry of its functions ({why}); use a kernel with CONFIG_FUNCTION_TRACER=y \
+                     that is not locked down"
+                ));
+            }
+            Err(error) => return Some(error.to_string()),
+            Ok(()) => {}
         }
         match &self.preemption {
             Preemption::Lazy | Preemption::Full => None,

@@ -8,8 +8,8 @@ use aya::programs::BtfTracePoint;
 use aya::programs::links::{FdLink, PinnedLink};
 
 use super::super::TrackerError;
-use super::super::bitmap::one_line;
 use super::super::pins::{self, PinError, Pins};
+use super::super::refusal::one_line;
 use super::{Object, STEADY, program, recursion_misses};
 
 /// What attaches a steady program.
