@@ -162,6 +162,7 @@ impl Scene {
             buffers: 128,
             journal: None,
             excluded: Vec::new(),
+            free: None,
             broken: Arc::new(Told(Arc::clone(&self.told))),
         };
         let store = Store::new(key, Arc::new(Slow { pool, pause }), options);
