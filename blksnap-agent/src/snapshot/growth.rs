@@ -98,6 +98,11 @@ impl Owner {
         let (Some(pool), Some(files)) = (&self.pool, self.files.clone()) else {
             return;
         };
+        let usage = pool.usage();
+        if usage.bytes.saturating_sub(usage.used) >= self.options.minimum.saturating_mul(2) {
+            // An agent before has seen to it.
+            return;
+        }
         let specs = pool.specs();
         let owns = specs.iter().filter_map(|spec| match spec {
             StorageSpec::Own(own) if own.directory => Some(own),

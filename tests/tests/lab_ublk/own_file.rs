@@ -41,7 +41,7 @@ fn load(place: &Path, random: &mut StdRng, steps: usize) -> Result<()> {
             fs::remove_file(&path)?;
             continue;
         }
-        let mut bytes = vec![0; random.random_range(1..400) * 1024];
+        let mut bytes = vec![0; random.random_range(1..200) * 1024];
         random.fill(&mut bytes[..]);
         let mut file = File::create(&path)?;
         file.write_all(&bytes)?;
@@ -70,7 +70,7 @@ fn take(scene: &Scene, place: &Path, storage: &str, more: &[&str]) -> Result<Kno
         "--storage",
         storage,
         "--minimum",
-        "4M",
+        "16M",
     ];
     words.extend(more);
     let answer = scene.daemon.json(words)?;
@@ -132,8 +132,13 @@ fn files_of(place: &Path) -> Result<Vec<PathBuf>> {
 /// Writes until the storage has more than so many files, and gives their number.
 fn grow(scene: &Scene, place: &Path, id: &str, files: usize, random: &mut StdRng) -> Result<usize> {
     let started = Instant::now();
-    loop {
+    for number in 0_u32.. {
         load(place, random, 2)?;
+        // Where nothing was before, or what is long gone.
+        fs::write(place.join(format!("n{number}")), vec![random.random(); 700 << 10])?;
+        let old = number.checked_sub(20).map(|old| place.join(format!("n{old}")));
+        old.filter(|old| old.exists()).map_or(Ok(()), fs::remove_file)?;
+        run("sync", ["-f".as_ref(), place.as_os_str()])?;
         let now = info(scene, id)?;
         ensure!(now["state"] == "taken", "{now}; {}", scene.daemon.log());
         let found = now["storage"].as_array().map_or(0, Vec::len);
@@ -142,6 +147,7 @@ fn grow(scene: &Scene, place: &Path, id: &str, files: usize, random: &mut StdRng
         }
         ensure!(started.elapsed() < PATIENCE, "it does not grow: {now}");
     }
+    bail!("it does not grow")
 }
 
 fn a_directory_on_the_device_is_storage(kind: &str) -> Result<()> {
@@ -215,19 +221,15 @@ fn a_file_that_is_full_loses_the_snapshot_and_nothing_else() -> Result<()> {
     let file = place.join("diff.img");
     let known = take(&scene, &place, &format!("{},limit=8M", file.display()), &[])?;
     check(&scene, &known)?;
-    let started = Instant::now();
-    loop {
-        load(&place, &mut random, 4)?;
-        let now = info(&scene, &known.id)?;
-        if now["state"] == "corrupted" {
-            ensure!(
-                now["reason"].as_str().is_some_and(|why| why.contains("space")),
-                "{now}"
-            );
-            break;
-        }
-        ensure!(started.elapsed() < PATIENCE, "8 MiB are never full: {now}");
-    }
+    fs::write(place.join("large"), vec![7; 16 << 20])?;
+    run("sync", ["-f".as_ref(), place.as_os_str()])?;
+    let now = info(&scene, &known.id)?;
+    ensure!(now["state"] == "corrupted", "{now}");
+    ensure!(
+        now["reason"].as_str().is_some_and(|why| why.contains("space")),
+        "{now}"
+    );
+    fs::remove_file(place.join("large"))?;
     // An agent that is killed before it can let the file go: the next one does.
     let second = take(&scene, &place, &storage_of(&place), &["--promise", "nothing"])?;
     ensure!(files_of(&place)?.len() == 1);
