@@ -224,9 +224,10 @@ fn a_new_file_is_allocated_and_reads_as_zeroes(kind: &str) {
         name: "disk".to_owned(),
         id: blksnap_agent::units::DeviceId { major: 8, minor: 999 },
     }];
-    assert_eq!(own::release(std::slice::from_ref(&kept), &others), [kept.clone()]);
+    let only = std::slice::from_ref(&kept);
+    assert_eq!(own::release(only, &others), only);
     assert!(path.exists());
-    assert_eq!(own::release(&[kept], &scene.served()), []);
+    assert_eq!(own::release(only, &scene.served()), []);
     assert!(!path.exists());
     let mut device = scene.device;
     device.unmount().unwrap();
