@@ -96,8 +96,7 @@ impl DiffStorage for Slow {
 }
 
 pub(crate) struct Scene {
-    gate: Option<Arc<Gate>>,
-    gates: Gates,
+    gate: Arc<Gate>,
     node: PathBuf,
     content: Vec<u8>,
     seed: u64,
@@ -125,13 +124,11 @@ impl Scene {
             file.write_all_at(&buffer.as_slice()[..piece.len()], (number * PIECE) as u64)?;
         }
         file.sync_all()?;
-        let gates = Gates::new(options);
         let started = Instant::now();
-        let gate = gates.gate(&device, &ChunkParams::default())?;
+        let gate = Gates::new(options).gate(&device, &ChunkParams::default())?;
         println!("gate after {:?}: {:?}", started.elapsed(), gate.reading());
         Ok(Self {
-            gate: Some(gate),
-            gates,
+            gate,
             node: node.to_owned(),
             content,
             seed,
@@ -140,7 +137,7 @@ impl Scene {
     }
 
     pub(crate) fn gate(&self) -> &Arc<Gate> {
-        self.gate.as_ref().expect("it goes with the scene")
+        &self.gate
     }
 
     pub(crate) fn told(&self) -> &AtomicU64 {
@@ -218,13 +215,6 @@ impl Scene {
             content.extend_from_slice(&buffer.as_slice()[..length]);
         }
         Ok(content)
-    }
-}
-
-impl Drop for Scene {
-    fn drop(&mut self) {
-        self.gate = None;
-        self.gates.stop_if_idle();
     }
 }
 

@@ -33,7 +33,7 @@ mod source;
 mod technique;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use blksnap_common::gate::{COPIES, GateState};
@@ -88,7 +88,7 @@ impl Default for GateOptions {
 #[derive(Debug)]
 pub struct Gates {
     options: GateOptions,
-    server: Mutex<Option<Arc<Server>>>,
+    server: Mutex<Weak<Server>>,
 }
 
 /// A member of a take.
@@ -106,7 +106,7 @@ impl Gates {
     pub fn new(options: GateOptions) -> Self {
         Self {
             options,
-            server: Mutex::new(None),
+            server: Mutex::new(Weak::new()),
         }
     }
 
@@ -115,14 +115,17 @@ impl Gates {
     /// # Errors
     /// The kernel refuses the programs, there are too many gates, or the device can't be read past its page cache.
     pub fn gate(&self, device: &BlockDevice, params: &ChunkParams) -> Result<Arc<Gate>, GateError> {
-        let mut server = self.lock();
-        let running = match &*server {
-            Some(running) => Arc::clone(running),
-            None => Arc::clone(server.insert(Server::start(Object::load(&self.options)?, &self.options)?)),
+        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        let running = match server.upgrade() {
+            Some(running) => running,
+            None => {
+                let started = Server::start(Object::load(&self.options)?, &self.options)?;
+                *server = Arc::downgrade(&started);
+                started
+            }
         };
         drop(server);
         let gated = running.open(device, params)?;
-        self.stop_if_idle();
         Ok(Arc::new(Gate {
             device: device.clone(),
             gated,
@@ -192,21 +195,9 @@ impl Gates {
         };
         Ok(members.iter().filter_map(image_of).collect())
     }
-
-    /// Detaches everything if no gate is left.
-    pub fn stop_if_idle(&self) {
-        let mut server = self.lock();
-        if server.as_ref().is_some_and(|running| running.is_idle()) {
-            *server = None;
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<Server>>> {
-        self.server.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
-/// A gate before a device. Dropping it opens it.
+/// A gate before a device. Dropping it opens it; with the last one everything is detached.
 #[derive(Debug)]
 pub struct Gate {
     device: BlockDevice,

@@ -175,11 +175,6 @@ impl Object {
         Ok(())
     }
 
-    /// Whether no gate stands.
-    pub(super) fn is_idle(&self) -> bool {
-        !self.used.contains(&true)
-    }
-
     /// Writes that found everything kept.
     pub(super) fn passed(&self, gate: u32) -> Result<u64, GateError> {
         let values = self.passed.get(&gate, 0).map_err(|e| GateError::Map {

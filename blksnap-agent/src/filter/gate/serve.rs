@@ -372,10 +372,6 @@ impl Server {
     pub(super) fn passed(&self, gate: u32) -> Result<u64, GateError> {
         self.object().passed(gate)
     }
-
-    pub(super) fn is_idle(&self) -> bool {
-        self.object().is_idle()
-    }
 }
 
 impl Drop for Server {
