@@ -379,3 +379,40 @@ fn storage_on_the_disk_itself_is_in_no_image_and_in_no_map() -> Result<()> {
     scene.destroy(&taken)?;
     scene.destroy(&other)
 }
+
+#[test]
+fn who_writes_over_storage_on_a_disk_loses_the_images_of_all_disks() -> Result<()> {
+    let seed = seed("who_writes_over_storage_on_a_disk");
+    // Dropped after the daemon, which has it open.
+    let device = LoopDevice::new(16 * MIB)?;
+    let scene = Scene::new()?;
+    let node = device.path();
+    scene.serve_path(node, &["--name=disk"])?;
+    let file = scene.serve("other", 8 * MIB, seed, &[])?;
+    let before = std::fs::read(&file)?;
+    let place = format!("--storage={}:{}+{}", node.display(), 8 * MIB / 512, 8 * MIB / 512);
+    let taken = scene.snapshot(&[node, &file], &[&place])?;
+    let apart = scene.snapshot(&[&file], &[])?;
+    rewrite(&scene, "other", 0, MIB)?;
+    same(&scene.image(&taken, "other")?, &before, "the image")?;
+    // Nothing of this disk was stored; what is written over is of the other one.
+    done(
+        &mut scene.client("disk")?,
+        Request::write(8 * MIB, vec![1; size(4 * KIB)?]),
+    )?;
+    let info = scene.info(&taken.id)?;
+    ensure!(info["state"] == "corrupted", "{info}");
+    for name in ["disk", "other"] {
+        let mut image = scene.client(&taken.export(name)?)?;
+        let answer = image.ask(Request::new(cmd::READ, 0, 512))?;
+        ensure!(answer.error == err::EIO, "{name}: {}", answer.error);
+    }
+    same(
+        &scene.image(&apart, "other")?,
+        &before,
+        "an image stored elsewhere",
+    )?;
+    rewrite(&scene, "other", MIB, 2 * MIB)?;
+    scene.destroy(&taken)?;
+    scene.destroy(&apart)
+}
