@@ -368,7 +368,8 @@ impl Slot {
     /// Takes the map; the extents must be those of the closed periods, and no others.
     fn take(&mut self) -> Result<Reported> {
         let name = self.device.path().display().to_string();
-        ensure!(self.device.check_doubt().is_none(), "{name}: the map is in doubt");
+        let doubt = self.device.check_doubt();
+        ensure!(doubt.is_none(), "{name}: the map is in doubt: {doubt:?}");
         let (taken, read_map) = self.device.take()?;
         ensure!(taken.reset.is_none(), "{name}: the map started over: {taken:?}");
         let read_map: Arc<ReadMap> = read_map.with_context(|| format!("{name} has no read map"))?;
