@@ -22,12 +22,8 @@ const LAB: &str = "lab_";
 /// Tests for this machine that are worth their time on other kernels.
 const OTHERS: [&str; 2] = ["oracle", "tracker"];
 
-/// How the names of kernels end that are preempted at any place. There they skip programs when there is much to do, the
-/// maps say so (`run_missed`), and [`OTHERS`], which take that for a failure, are left out.
-const PREEMPTED: &str = "+full";
-
-/// What `short` stands for: the oldest kernel and the newest one, this one also preempted at any place.
-const SHORT: &str = "6.1,7.2,7.2+full";
+/// What `short` stands for: the oldest kernel and the newest one, preempted at any place.
+const SHORT: &str = "6.1,7.2+full";
 /// What runs on them: test binaries, and the tests of each that end soon, by their whole names; all without.
 const SHORT_TESTS: [(&str, &[&str]); 3] = [
     (
@@ -108,10 +104,6 @@ pub(crate) fn run(wanted: &Wanted<'_>) -> Result<()> {
     let mut results = Results::default();
     for kernel in &kernels {
         for binary in &built {
-            if kernel.name.ends_with(PREEMPTED) && OTHERS.contains(&binary.name.as_str()) {
-                println!("lab: {}: {}: left out, see docs/lab.md", kernel.name, binary.name);
-                continue;
-            }
             let log = logs.join(format!("{}-{}.log", binary.name, kernel.name.replace('/', "_")));
             let of_short = SHORT_TESTS.iter().find(|(name, _)| *name == binary.name);
             let exactly = of_short.map_or(&[][..], |(_, tests)| tests);
