@@ -43,7 +43,7 @@ fn page(results: &Results) -> String {
     }
     let kernels: Vec<&str> = results.0.keys().map(String::as_str).collect();
     for (binary, names) in results.rows() {
-        let mut reasons: Vec<&str> = Vec::new();
+        let mut reasons: Vec<String> = Vec::new();
         let _ = write!(text, "\n## {binary}\n\n| test |");
         for kernel in &kernels {
             let _ = write!(text, " {kernel} |");
@@ -56,11 +56,12 @@ fn page(results: &Results) -> String {
                 let (word, why) = match results.get(kernel, binary, name) {
                     None => ("-", None),
                     Some(Outcome::Passed) => ("yes", None),
-                    Some(Outcome::Absent(why)) => ("", Some(why.as_str())),
-                    Some(Outcome::Failed(why) | Outcome::Lost(why)) => ("**fails** ", why.lines().next()),
+                    Some(Outcome::Absent(why)) => ("", Some(why)),
+                    Some(Outcome::Failed(why) | Outcome::Lost(why)) => ("**fails** ", Some(why)),
                 };
                 let _ = write!(text, " {word}");
                 if let Some(why) = why {
+                    let why = why.split_whitespace().collect::<Vec<_>>().join(" ");
                     let known = reasons.iter().position(|known| *known == why);
                     let number = known.unwrap_or_else(|| {
                         reasons.push(why);
