@@ -13,11 +13,20 @@ use blksnap_tests::lab;
 
 use scene::{Load, MIB, Scene, partition};
 
+/// In an emulated guest time runs in jerks: bounds that only a real machine keeps are wide here.
+fn options() -> GateOptions {
+    GateOptions {
+        deadline: Duration::from_secs(10),
+        silence: Duration::from_secs(8),
+        ..GateOptions::default()
+    }
+}
+
 /// One writer after the other: each first write waits, each second one does not.
 #[test]
 #[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
 fn the_first_write_of_a_unit_waits_and_no_other() -> Result<()> {
-    let scene = Scene::new(&partition(32 * MIB)?, GateOptions::default())?;
+    let scene = Scene::new(&partition(32 * MIB)?, options())?;
     ensure!(matches!(scene.gate().reading(), Reading::WholeDisk(_)));
     let image = scene.take()?;
     let load = Load::new(&scene);
@@ -62,7 +71,7 @@ fn exact_under_load(scene: &Scene, threads: usize, time: Duration) -> Result<()>
 #[test]
 #[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
 fn an_image_of_a_partition_is_exact() -> Result<()> {
-    let scene = Scene::new(&partition(32 * MIB)?, GateOptions::default())?;
+    let scene = Scene::new(&partition(32 * MIB)?, options())?;
     exact_under_load(&scene, 4, Duration::from_secs(8))
 }
 
@@ -70,7 +79,7 @@ fn an_image_of_a_partition_is_exact() -> Result<()> {
 #[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
 fn an_image_of_a_whole_disk_is_exact() -> Result<()> {
     let disk = lab::virtio(1)?;
-    let scene = Scene::new(&disk, GateOptions::default())?;
+    let scene = Scene::new(&disk, options())?;
     ensure!(matches!(scene.gate().reading(), Reading::Alias(_)));
     exact_under_load(&scene, 4, Duration::from_secs(8))?;
     let alias = std::path::PathBuf::from(format!("{}255", disk.display()));
@@ -85,7 +94,7 @@ fn an_image_of_a_whole_disk_is_exact() -> Result<()> {
 fn preserving_with_real_time_priority() -> Result<()> {
     let options = GateOptions {
         priority: Some(50),
-        ..GateOptions::default()
+        ..options()
     };
     let scene = Scene::new(&partition(32 * MIB)?, options)?;
     exact_under_load(&scene, 4, Duration::from_secs(8))
@@ -94,7 +103,7 @@ fn preserving_with_real_time_priority() -> Result<()> {
 #[test]
 #[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
 fn many_writers_wait_at_once() -> Result<()> {
-    let scene = Scene::new(&partition(64 * MIB)?, GateOptions::default())?;
+    let scene = Scene::new(&partition(64 * MIB)?, options())?;
     exact_under_load(&scene, COPIES - 2, Duration::from_secs(10))?;
     let state = scene.gate().state();
     ensure!(state.copies > 1, "only one writer waited on a CPU: {state:?}");
@@ -104,7 +113,7 @@ fn many_writers_wait_at_once() -> Result<()> {
 #[test]
 #[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
 fn two_snapshots_share_a_gate() -> Result<()> {
-    let scene = Scene::new(&partition(32 * MIB)?, GateOptions::default())?;
+    let scene = Scene::new(&partition(32 * MIB)?, options())?;
     let first = scene.take()?;
     let load = Load::new(&scene);
     load.run(2, Duration::from_secs(3))?;
@@ -125,7 +134,7 @@ fn two_snapshots_share_a_gate() -> Result<()> {
 fn a_writer_that_gets_past_breaks_the_snapshot() -> Result<()> {
     let options = GateOptions {
         copies: 1,
-        ..GateOptions::default()
+        ..options()
     };
     let scene = Scene::new(&partition(32 * MIB)?, options)?;
     let image = scene.take()?;
