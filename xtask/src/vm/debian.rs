@@ -3,6 +3,7 @@
 //! Of the modules only those of block devices, file systems and what a guest needs to start are kept, and they are
 //! decompressed: that saves time in every guest.
 
+use std::env;
 use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Component, Path, PathBuf};
@@ -50,8 +51,8 @@ const SERIES: [Series; 3] = [
     },
 ];
 
-/// Debian's mirror for who has none configured.
-const DEBIANS_OWN: &str = "http://deb.debian.org/debian/";
+/// Variable with the address of a mirror of Debian, for who has none configured: another distribution.
+const MIRROR: &str = "BLKSNAP_DEBIAN_MIRROR";
 
 /// How often a mirror is asked, beyond what apt itself does, and what is waited for in between.
 const ATTEMPTS: u32 = 3;
@@ -152,12 +153,17 @@ fn fetch(series: &Series, folder: &Path) -> Result<Vec<PathBuf>> {
     })
 }
 
-/// The mirror of Debian that the machine is configured for; on another distribution Debian's own.
+/// The mirror of Debian that the machine is configured for, or that [`MIRROR`] names.
 fn mirror() -> Result<String> {
     let configured = apt::configured()?
         .into_iter()
         .find(|place| place.distribution == "debian");
-    Ok(configured.map_or_else(|| DEBIANS_OWN.to_owned(), |place| place.uri))
+    match configured {
+        Some(place) => Ok(place.uri),
+        None => env::var(MIRROR).ok().with_context(|| {
+            format!("apt has no mirror of Debian configured, and the kernels are Debian's; set {MIRROR} to the address of one")
+        }),
+    }
 }
 
 /// The address of another archive on the same mirror.

@@ -12,7 +12,7 @@
 //! 2. The bit is set while the write of the unit counts as admitted ([`crate::engine::cow::Origin::admit`]): its old
 //!    data is in the table of every snapshot that lacked it. Nobody arms meanwhile.
 //! 3. A read of the origin for an image or for preserving looks at the gate *after* the data came
-//!    ([`Source`]): if it is broken, the read fails, and the snapshot with it. By (1) data that was
+//!    (`Source`): if it is broken, the read fails, and the snapshot with it. By (1) data that was
 //!    overwritten before it was kept comes with a broken gate.
 //! 4. So what a read of the origin gives, in an unbroken gate, was there at `T`, if no write that passed the auditor
 //!    before `T` was still under way. A file system that is frozen has none. Of a device without one, the taker waits
@@ -23,7 +23,7 @@
 //! (1) or in the deadline, that is in a snapshot that says it is lost, and an origin that goes on.
 //!
 //! # Who reads and who waits
-//! Threads that preserve read the origin past its own page cache ([`source`] says how), since a direct read first
+//! Threads that preserve read the origin past its own page cache (`source` says how), since a direct read first
 //! writes back the cached pages of the node that it goes through, and that write could wait here for the read.
 
 mod error;
