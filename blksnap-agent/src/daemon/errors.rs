@@ -49,7 +49,7 @@ impl Tell for TrackerError {
             Self::NotAttached(_) => Code::NotAttached,
             Self::Full { .. } => Code::Busy,
             Self::TooManyBlocks { .. } | Self::RingSize(_) | Self::Unit(_) => Code::InvalidRequest,
-            Self::HookDead(_) | Self::Dax { .. } => Code::Unsupported,
+            Self::HookDead(_) | Self::Dax { .. } | Self::Bcache { .. } => Code::Unsupported,
             Self::Lost { .. } => Code::NoDevice,
             Self::Disk(error) => error.code(),
             Self::Btf(_) | Self::Load(_) => Code::System,

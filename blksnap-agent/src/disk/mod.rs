@@ -1,6 +1,7 @@
 //! Disk: block devices, their identity, geometry, direct reads, mounts and freezing; and the disks that the
 //! copy-on-write engine works on.
 
+pub mod bcache;
 mod claim;
 mod contract;
 pub mod dax;

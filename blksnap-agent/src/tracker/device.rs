@@ -30,7 +30,7 @@ use super::watch::{Collected, Watched};
 use super::{Shared, TrackerError, pins, probe};
 use crate::cbt::{CbtMap, MapError, ResetReason};
 use crate::disk::presence::{Presence, SYSFS};
-use crate::disk::{BlockDevice, DiskError, dax};
+use crate::disk::{BlockDevice, DiskError, bcache, dax};
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 use crate::units::{BlockSize, Sectors};
@@ -155,6 +155,12 @@ impl TrackedDevice {
             return Err(TrackerError::Dax {
                 device: device.path.display().to_string(),
                 how,
+            });
+        }
+        if let Some(upper) = bcache::unseen_above(device.id) {
+            return Err(TrackerError::Bcache {
+                device: device.path.display().to_string(),
+                upper,
             });
         }
         let disk = device.disk_id.kernel_dev();

@@ -83,6 +83,17 @@ pub enum TrackerError {
         /// By what.
         how: Dax,
     },
+    /// The device gets writes that the kernel does not tell of.
+    #[error(
+        "{device} can't be tracked: {upper} is stacked on it, and this kernel does not tell of the writes that bcache \
+         sends down; track {upper}"
+    )]
+    Bcache {
+        /// The device.
+        device: String,
+        /// The bcache device.
+        upper: String,
+    },
     /// What outlives the agent.
     #[error(transparent)]
     Pin(#[from] PinError),

@@ -27,7 +27,7 @@ use super::{State, TrackedDevice};
 use crate::cbt::{ReadMap, ResetReason, Taken};
 use crate::disk::presence::{Change, Completed, Presence, SYSFS};
 use crate::disk::stack::Stack;
-use crate::disk::{BlockDevice, dax};
+use crate::disk::{BlockDevice, bcache, dax};
 use crate::units::Generation;
 
 /// What is known of reasons to doubt.
@@ -197,6 +197,12 @@ impl TrackedDevice {
             && let Some(how) = dax::of(&self.device)?
         {
             return Err(TrackerError::Dax { device: name(), how });
+        }
+        if let Some(upper) = bcache::unseen_above(self.device.id) {
+            return Err(TrackerError::Bcache {
+                device: name(),
+                upper,
+            });
         }
         if state.periods.map.corrupted() == Some(ResetReason::HookDead) && !self.hook_is_alive()? {
             return Err(TrackerError::HookDead(name()));
