@@ -344,7 +344,9 @@ impl Guest<'_> {
         let is_lab = self.binary.name.starts_with(LAB);
         if !is_lab {
             // Their files are to be on a file system with all of fallocate, as elsewhere; the root is in memory.
-            command += "mkfs.ext4 -q /dev/vda && mount /dev/vda /tmp || exit; ";
+            // Not on /tmp: the tests themselves may be there.
+            command += "mkdir -p /run/files && mkfs.ext4 -q /dev/vda && mount /dev/vda /run/files || exit; \
+                        export TMPDIR=/run/files; ";
         }
         command += "exec ";
         command += &quote(&self.binary.file.display().to_string());
