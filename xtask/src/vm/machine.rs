@@ -26,6 +26,15 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Lines of the console that are shown when something failed.
 const TAIL: usize = 30;
 
+/// How often a guest is started whose kernel does not come as far as the command.
+const BOOTS: u32 = 3;
+
+/// How long a kernel may take until the command begins.
+const BOOT: Duration = Duration::from_secs(240);
+
+/// What the guest writes to the port of the exit code before the command begins.
+const BEGUN: &str = "begun";
+
 /// What the kernel says on its console when something is wrong with it.
 const COMPLAINTS: [&str; 7] = [
     "WARNING:",
@@ -108,6 +117,13 @@ pub(crate) struct Outcome {
     pub(crate) complaints: Vec<String>,
 }
 
+/// One boot.
+struct Run {
+    outcome: Outcome,
+    /// Whether the command began.
+    begun: bool,
+}
+
 impl Machine {
     /// Starts the guest, runs `command`, a script of bash, in it as root, and passes on what it prints.
     pub(crate) fn run(
@@ -120,6 +136,9 @@ impl Machine {
     }
 
     /// As [`Machine::run`], but kills the guest as soon as `cut` says so: the power goes.
+    ///
+    /// Emulated processors that change their own code at boot crash now and then (an `int3` that was patched away a
+    /// moment ago), or hang. A guest that ends before the command began is started again; nothing of ours ran in it.
     pub(crate) fn run_until(
         &self,
         command: &str,
@@ -127,6 +146,32 @@ impl Machine {
         err: &mut (dyn Write + Send),
         cut: &dyn Fn() -> bool,
     ) -> Result<Outcome> {
+        for boot in 1..BOOTS {
+            let run = self.boot(command, out, err, cut)?;
+            if run.begun {
+                return Ok(run.outcome);
+            }
+            eprintln!(
+                "lab: boot {boot} of at most {BOOTS}: the kernel {} before the command began:",
+                match run.outcome.end {
+                    End::TimedOut => "hung",
+                    _ => "ended",
+                }
+            );
+            for line in &run.outcome.tail {
+                eprintln!("    {line}");
+            }
+        }
+        Ok(self.boot(command, out, err, cut)?.outcome)
+    }
+
+    fn boot(
+        &self,
+        command: &str,
+        out: &mut (dyn Write + Send),
+        err: &mut (dyn Write + Send),
+        cut: &dyn Fn() -> bool,
+    ) -> Result<Run> {
         let folder = folder()?;
         let at = |name: &str| folder.path().join(name);
         let archive = initramfs::build(&self.kernel, &self.shares, &self.script(command)?)?;
@@ -141,7 +186,8 @@ impl Machine {
             .with_context(|| format!("starting `{}` failed", process::line(&qemu)))?;
         let from_out = child.stdout.take().context("no pipe")?;
         let from_err = child.stderr.take().context("no pipe")?;
-        let end = Instant::now() + self.timeout;
+        let (end, begin) = (Instant::now() + self.timeout, Instant::now() + BOOT);
+        let mut begun = false;
         let (status, killed) = thread::scope(|scope| -> Result<(ExitStatus, Option<End>)> {
             scope.spawn(move || pass(from_out, out));
             scope.spawn(move || pass(from_err, err));
@@ -153,10 +199,12 @@ impl Machine {
                 if let Some(status) = child.try_wait().context("waiting for QEMU failed")? {
                     return Ok((status, None));
                 }
+                begun = begun || has_begun(&at("code"));
+                let now = Instant::now();
                 let why = if cut() {
                     Some(End::Cut)
                 } else {
-                    (Instant::now() >= end).then_some(End::TimedOut)
+                    (now >= end || (!begun && now >= begin)).then_some(End::TimedOut)
                 };
                 if why.is_some() {
                     child.kill().context("killing QEMU failed")?;
@@ -172,7 +220,9 @@ impl Machine {
             .map(str::trim_end)
             .filter(|line| !line.is_empty())
             .collect();
+        let begun = begun || has_begun(&at("code"));
         let code = fs::read_to_string(at("code")).unwrap_or_default();
+        let code = code.lines().last().unwrap_or_default();
         let end = match (code.trim().parse(), killed) {
             (Ok(code), _) => End::Exited(code),
             (_, Some(why)) => why,
@@ -183,7 +233,7 @@ impl Machine {
             (_, None) => End::Died,
         };
         let owned = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect();
-        Ok(Outcome {
+        let outcome = Outcome {
             end,
             tail: owned(lines.get(lines.len().saturating_sub(TAIL)..).unwrap_or_default()),
             complaints: lines
@@ -191,7 +241,8 @@ impl Machine {
                 .filter(|line| COMPLAINTS.iter().any(|complaint| line.contains(complaint)))
                 .map(|line| (*line).to_owned())
                 .collect(),
-        })
+        };
+        Ok(Run { outcome, begun })
     }
 
     /// The script that the guest runs: the environment, the folder, the modules, the command.
@@ -344,6 +395,11 @@ impl Disk {
             ],
         }
     }
+}
+
+/// Whether the guest wrote to the port of the exit code.
+fn has_begun(port: &Path) -> bool {
+    fs::read_to_string(port).is_ok_and(|text| text.starts_with(BEGUN))
 }
 
 /// A folder for one run. What runs left behind that were killed is removed.
