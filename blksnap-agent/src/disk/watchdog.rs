@@ -1,4 +1,4 @@
-//! Watchdog: a process that thaws file systems when the agent can't.
+//! Watchdog: a process that thaws file systems, and resumes device-mapper devices, when the agent can't.
 //!
 //! The agent starts it before it freezes anything and hands it the open mount points. From then on the frozen
 //! state never outlives the agent: the process reads one end of a socket pair, and whatever ends the agent, a
@@ -13,16 +13,19 @@
 //! look elsewhere, keeps its memory locked (it must not wait for a page that lies behind a frozen file system),
 //! and writes nowhere. A service manager must not kill it together with the agent: `KillMode=process`.
 //!
+//! Devices are resumed before file systems are thawed, since a thaw writes. A device that is not suspended is left alone.
+//!
 //! # Protocol
 //! One byte messages on a stream socket, standard input of the process:
 //!
 //! | from | message | meaning |
 //! |---|---|---|
 //! | agent | `F`, with descriptors | mount points, in the order of thawing; may come several times |
+//! | agent | `M`, then 8 bytes | number of a device-mapper device, major and minor, little endian, in the order of resuming |
 //! | agent | `A` | all sent: prepare |
 //! | process | `R` | ready; only now may anything be frozen |
 //! | agent | `G`, then 8 bytes | freezing begins; the deadline in milliseconds from now, little endian |
-//! | agent | `D` | everything is thawed: stop |
+//! | agent | `D` | everything is thawed and resumed: stop |
 //! | process | `D` or `T` | the answer: nothing done, or thawed at the deadline |
 
 use std::ffi::OsString;
@@ -39,12 +42,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::signal::{SigSet, Signal};
 
+use crate::sys::dm::{Control, Flags, Which};
 use crate::sys::{fdpass, ioctl};
+use crate::units::DeviceId;
 
 /// Name of the hidden subcommand whose body is [`main`].
 pub const SUBCOMMAND: &str = "thaw-watchdog";
 
 const DESCRIPTORS: u8 = b'F';
+const MAPPED: u8 = b'M';
 const ARM: u8 = b'A';
 const READY: u8 = b'R';
 const GO: u8 = b'G';
@@ -110,6 +116,18 @@ impl Watchdog {
     /// # Errors
     /// The process does not start or does not get ready.
     pub fn start(command: &WatchdogCommand, mountpoints: &[BorrowedFd<'_>]) -> Result<Self, WatchdogError> {
+        Self::start_with(command, mountpoints, &[])
+    }
+
+    /// As [`Watchdog::start`], also for device-mapper devices, in the order of resuming.
+    ///
+    /// # Errors
+    /// As [`Watchdog::start`].
+    pub fn start_with(
+        command: &WatchdogCommand,
+        mountpoints: &[BorrowedFd<'_>],
+        mapped: &[DeviceId],
+    ) -> Result<Self, WatchdogError> {
         let failed = |source: io::Error| WatchdogError::Start {
             program: command.program.clone(),
             source,
@@ -123,14 +141,20 @@ impl Watchdog {
             .spawn()
             .map_err(failed)?;
         let mut watchdog = Self { socket, child };
-        watchdog.prepare(mountpoints).map_err(failed)?;
+        watchdog.prepare(mountpoints, mapped).map_err(failed)?;
         Ok(watchdog)
     }
 
-    fn prepare(&mut self, mountpoints: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn prepare(&mut self, mountpoints: &[BorrowedFd<'_>], mapped: &[DeviceId]) -> io::Result<()> {
         self.socket.set_read_timeout(Some(START_LIMIT))?;
         for part in mountpoints.chunks(fdpass::MAX_DESCRIPTORS) {
             fdpass::send(&self.socket, &[DESCRIPTORS], part)?;
+        }
+        for device in mapped {
+            let mut message = vec![MAPPED];
+            message.extend(device.major.to_le_bytes());
+            message.extend(device.minor.to_le_bytes());
+            self.socket.write_all(&message)?;
         }
         self.socket.write_all(&[ARM])?;
         match self.answer()? {
@@ -211,12 +235,12 @@ fn separate_from_agent() {
 }
 
 fn serve(socket: &UnixStream) -> io::Result<()> {
-    let mut mountpoints: Vec<OwnedFd> = Vec::new();
+    let mut held = Held::default();
     let mut deadline: Option<Instant> = None;
     let mut fired = false;
     loop {
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            fired |= thaw_all(&mountpoints).thawed;
+            fired |= held.release().thawed;
             deadline = Some(Instant::now() + RETRY);
         }
         if !wait_readable(socket, deadline)? {
@@ -230,10 +254,15 @@ fn serve(socket: &UnixStream) -> io::Result<()> {
             Err(_) => (0, Vec::new()),
         };
         if count == 0 {
-            return thaw_at_end(&mountpoints);
+            return held.release_at_end();
         }
         match byte[0] {
-            DESCRIPTORS => mountpoints.extend(descriptors),
+            DESCRIPTORS => held.mountpoints.extend(descriptors),
+            MAPPED => {
+                let mut number = [0; 8];
+                (&mut &*socket).read_exact(&mut number)?;
+                held.add(u64::from_le_bytes(number))?;
+            }
             ARM => {
                 let _ = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE);
                 let _ = (&mut &*socket).write_all(&[READY]);
@@ -241,7 +270,7 @@ fn serve(socket: &UnixStream) -> io::Result<()> {
             GO => {
                 let mut milliseconds = [0; 8];
                 if (&mut &*socket).read_exact(&mut milliseconds).is_err() {
-                    return thaw_at_end(&mountpoints);
+                    return held.release_at_end();
                 }
                 let limit = Duration::from_millis(u64::from_le_bytes(milliseconds));
                 deadline = Instant::now().checked_add(limit);
@@ -251,7 +280,7 @@ fn serve(socket: &UnixStream) -> io::Result<()> {
                 return Ok(());
             }
             other => {
-                thaw_at_end(&mountpoints)?;
+                held.release_at_end()?;
                 return Err(unexpected(other));
             }
         }
@@ -283,27 +312,68 @@ struct Thawed {
     failed: Option<Errno>,
 }
 
-fn thaw_all(mountpoints: &[OwnedFd]) -> Thawed {
-    let mut result = Thawed {
-        thawed: false,
-        failed: None,
-    };
-    for mountpoint in mountpoints {
-        match ioctl::fithaw(mountpoint) {
-            Ok(()) => result.thawed = true,
-            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {}
-            Err(errno) => result.failed = Some(errno),
-        }
-    }
-    result
+/// What is frozen and suspended, maybe.
+#[derive(Default)]
+struct Held {
+    mountpoints: Vec<OwnedFd>,
+    mapped: Vec<DeviceId>,
+    control: Option<Control>,
 }
 
-fn thaw_at_end(mountpoints: &[OwnedFd]) -> io::Result<()> {
-    for _ in 0..ATTEMPTS_AT_END {
-        match thaw_all(mountpoints).failed {
-            None => return Ok(()),
-            Some(_) => std::thread::sleep(RETRY),
+impl Held {
+    /// A device by its number: the lower half is the major.
+    fn add(&mut self, number: u64) -> io::Result<()> {
+        if self.control.is_none() {
+            self.control = Some(Control::open()?);
         }
+        let part = |bits: u64| u32::try_from(bits & u64::from(u32::MAX)).unwrap_or_default();
+        self.mapped.push(DeviceId {
+            major: part(number),
+            minor: part(number >> 32),
+        });
+        Ok(())
     }
-    Err(io::Error::other("a file system can't be thawed"))
+
+    fn release(&self) -> Thawed {
+        let mut result = Thawed {
+            thawed: false,
+            failed: None,
+        };
+        for device in &self.mapped {
+            let Some(control) = &self.control else { continue };
+            let which = Which::Device(*device);
+            let suspended = |flags: Flags| flags.contains(Flags::SUSPEND);
+            match control.info(which) {
+                Ok(info) if !suspended(info.flags) => continue,
+                Ok(_) => {}
+                // It is gone.
+                Err(Errno::ENXIO) => continue,
+                Err(errno) => result.failed = Some(errno),
+            }
+            match control.resume(which, 0) {
+                Ok(()) => result.thawed = true,
+                Err(errno) => result.failed = Some(errno),
+            }
+        }
+        for mountpoint in &self.mountpoints {
+            match ioctl::fithaw(mountpoint) {
+                Ok(()) => result.thawed = true,
+                Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {}
+                Err(errno) => result.failed = Some(errno),
+            }
+        }
+        result
+    }
+
+    fn release_at_end(&self) -> io::Result<()> {
+        for _ in 0..ATTEMPTS_AT_END {
+            match self.release().failed {
+                None => return Ok(()),
+                Some(_) => std::thread::sleep(RETRY),
+            }
+        }
+        Err(io::Error::other(
+            "a file system can't be thawed, or a device not be resumed",
+        ))
+    }
 }

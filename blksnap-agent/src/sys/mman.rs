@@ -1,4 +1,4 @@
-//! Shared memory: BPF maps with `BPF_F_MMAPABLE` as slices of atomic words.
+//! Memory: what is locked while nothing may wait for it, and what is shared: BPF maps with `BPF_F_MMAPABLE` as slices of atomic words.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -6,7 +6,28 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, MlockAllFlags, ProtFlags, mlockall, mmap, munlockall, munmap};
+
+/// All memory of the process, in place until this is dropped: no page has to come from a file system or a swap device.
+#[derive(Debug)]
+pub struct Locked(());
+
+impl Locked {
+    /// Locks it, and what is had later. Where that is not permitted nothing is locked.
+    #[must_use]
+    pub fn all() -> Self {
+        if let Err(errno) = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE) {
+            tracing::warn!(%errno, "the memory of the agent can't be locked (CAP_IPC_LOCK)");
+        }
+        Self(())
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        let _ = munlockall();
+    }
+}
 
 /// The values of an array map of 64-bit words, shared with the kernel.
 #[derive(Debug)]

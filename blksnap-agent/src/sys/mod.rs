@@ -2,12 +2,14 @@
 
 mod buffer;
 pub mod cached;
+pub mod dm;
 pub mod fdpass;
 pub mod fiemap;
 pub mod flags;
 pub mod fsmap;
 pub mod inherit;
 pub mod ioctl;
+pub mod loopdev;
 pub mod mman;
 pub mod sched;
 #[cfg(feature = "ublk")]

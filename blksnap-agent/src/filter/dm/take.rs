@@ -1,0 +1,536 @@
+//! Take: several origins, one instant; and the release of a snapshot.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::error::DmError;
+use super::journal::{Entry, Journal, OriginEntry, boot_id};
+use super::mapper::Mapper;
+use super::plan::{self, Step, View, Wanted};
+use super::storage::{Place, Storage, beneath_device};
+use super::table::{Node, Table};
+use crate::disk::watchdog::Watchdog;
+use crate::disk::{BlockDevice, WatchdogCommand};
+use crate::sys::dm::Which;
+use crate::sys::mman::Locked;
+use crate::units::{DeviceId, SnapshotId};
+
+/// Major number of devices in `/proc/devices` that this filter is for.
+const DRIVER: &str = "device-mapper";
+
+/// How the filter works.
+#[derive(Clone)]
+pub struct DmOptions {
+    /// Directory of the journal. Nothing is written there while something is suspended.
+    pub journal: PathBuf,
+    /// The watchdog.
+    pub watchdog: WatchdogCommand,
+    /// Longest time for which origins may be suspended.
+    pub limit: Duration,
+    /// Told of every step, before it is done.
+    pub observer: Option<Arc<dyn Fn(&Step) + Send + Sync>>,
+}
+
+impl fmt::Debug for DmOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DmOptions")
+            .field("journal", &self.journal)
+            .field("limit", &self.limit)
+            .finish_non_exhaustive()
+    }
+}
+
+impl DmOptions {
+    /// A journal in `directory`, the program's own watchdog, and two seconds.
+    #[must_use]
+    pub fn new(journal: PathBuf) -> Self {
+        Self {
+            journal,
+            watchdog: WatchdogCommand::own(),
+            limit: Duration::from_secs(2),
+            observer: None,
+        }
+    }
+}
+
+/// An origin that is to be taken.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// The device.
+    pub device: BlockDevice,
+    /// Where its old data is to be kept.
+    pub place: Place,
+    /// Bytes of storage to begin with, where the place has no length of its own.
+    pub bytes: u64,
+}
+
+/// What is done around the instant. Nothing in it may write to an origin, or wait for somebody who does.
+pub trait Instants {
+    /// All is prepared, nothing is suspended: file systems are frozen here.
+    ///
+    /// # Errors
+    /// Nothing is taken.
+    fn before(&mut self) -> Result<(), DmError>;
+
+    /// Nothing passes.
+    ///
+    /// # Errors
+    /// Nothing is taken.
+    fn at(&mut self) -> Result<(), DmError>;
+
+    /// All goes on, or the take has failed: file systems are thawed here. Called whenever `before` was.
+    ///
+    /// # Errors
+    /// Nothing is taken.
+    fn after(&mut self) -> Result<(), DmError>;
+}
+
+/// An image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DmImage {
+    /// The origin.
+    pub origin: DeviceId,
+    /// The snapshot device.
+    pub device: DeviceId,
+    /// Length in sectors.
+    pub sectors: u64,
+}
+
+impl DmImage {
+    /// Its node.
+    #[must_use]
+    pub fn node(&self) -> PathBuf {
+        PathBuf::from(format!("/dev/dm-{}", self.device.minor))
+    }
+}
+
+/// What a take made.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    /// In the order of the origins.
+    pub images: Vec<DmImage>,
+    /// How long the first origin that was suspended was.
+    pub suspended: Duration,
+}
+
+/// A snapshot that is held.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) storage: BTreeMap<DeviceId, Storage>,
+    pub(super) beneath: BTreeSet<DeviceId>,
+    /// Fewest sectors left that were seen.
+    pub(super) left: BTreeMap<DeviceId, u64>,
+}
+
+/// What takes and releases share.
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) mapper: Mapper,
+    pub(super) held: BTreeMap<SnapshotId, Held>,
+}
+
+/// The filter.
+#[derive(Debug)]
+pub struct Dm {
+    pub(super) options: DmOptions,
+    pub(super) journal: Journal,
+    pub(super) inner: Mutex<Inner>,
+    /// For questions that must not wait for a take.
+    pub(super) asker: Mapper,
+}
+
+/// Whether the filter can hold `device`, and if not why.
+///
+/// # Errors
+/// It can't; one line says why, and what to do.
+pub fn availability(device: &BlockDevice) -> Result<(), DmError> {
+    let mut mapper = Mapper::open()?;
+    check(&mut mapper, device).map(drop)
+}
+
+fn is_mapped(device: &BlockDevice) -> bool {
+    let devices = std::fs::read_to_string("/proc/devices").unwrap_or_default();
+    devices
+        .lines()
+        .filter_map(|line| line.trim().split_once(' '))
+        .any(|(major, driver)| driver == DRIVER && major.parse() == Ok(device.id.major))
+}
+
+/// Whether LVM has its label in one of the first four sectors.
+fn is_physical_volume(device: &BlockDevice) -> bool {
+    use std::io::Read as _;
+    let mut head = [0; 2048];
+    let read = std::fs::File::open(&device.path).and_then(|mut file| file.read_exact(&mut head));
+    read.is_ok() && head.chunks(512).any(|sector| sector.starts_with(b"LABELONE"))
+}
+
+/// Refuses what can't be an origin, and gives its old table and all devices of ours.
+fn check(mapper: &mut Mapper, device: &BlockDevice) -> Result<(Table, View), DmError> {
+    let name = || device.path.display().to_string();
+    let refused = |why: String| Err(DmError::refused(name(), why));
+    if !is_mapped(device) {
+        return refused("it is no device of device-mapper; use another filter".to_owned());
+    }
+    if device.read_only {
+        return refused("it is read-only, so that nothing changes it".to_owned());
+    }
+    let view = mapper.view(&[device.id])?;
+    let Some(origin) = view.get(&Node::Origin(device.id)) else {
+        return refused("it is gone".to_owned());
+    };
+    if view
+        .iter()
+        .any(|(node, seen)| !matches!(node, Node::Origin(_)) && seen.number == Some(device.id))
+    {
+        return refused("it belongs to a snapshot".to_owned());
+    }
+    let real = view.get(&Node::Real(device.id));
+    let held = plan::is_held(&view, device.id);
+    if origin.inactive.sectors() > 0 || origin.suspended {
+        return refused("somebody is changing its table; try again".to_owned());
+    }
+    if let (Some(real), true) = (real, held) {
+        return Ok((real.active.clone(), view));
+    }
+    if real.is_some() {
+        return refused(
+            "its table was changed while a snapshot of it was held; destroy that snapshot".to_owned(),
+        );
+    }
+    if let Some(kind) = origin.active.not_shareable() {
+        return refused(format!(
+            "its target {kind:?} keeps a state of its own, which two devices can't share; use another filter"
+        ));
+    }
+    if origin.active.has_key_in_keyring() {
+        return refused(
+            "its key is in the kernel's keyring, from where nobody gets it; open it with `cryptsetup open --disable-keyring`, take what it stands on, or use another filter"
+                .to_owned(),
+        );
+    }
+    if is_physical_volume(device) {
+        return refused(
+            "it is a physical volume of LVM, which must not see it twice; take the volumes on it".to_owned(),
+        );
+    }
+    Ok((origin.active.clone(), view))
+}
+
+/// Sectors that the kernel keeps at once: what is kept costs the kernel some bytes of memory each.
+const fn chunk_of(sectors: u64) -> u32 {
+    const GIB: u64 = 1 << 21;
+    match sectors {
+        0..=0x1000_0000 => 8,
+        _ if sectors <= 2048 * GIB => 16,
+        _ if sectors <= 16384 * GIB => 64,
+        _ => 128,
+    }
+}
+
+impl Dm {
+    /// The filter, with what an agent before left untouched until [`Dm::recover`].
+    ///
+    /// # Errors
+    /// There is no device-mapper, or no directory for the journal.
+    pub fn open(options: DmOptions) -> Result<Self, DmError> {
+        let inner = Inner {
+            mapper: Mapper::open()?,
+            held: BTreeMap::new(),
+        };
+        Ok(Self {
+            journal: Journal::open(&options.journal)?,
+            asker: Mapper::open()?,
+            inner: Mutex::new(inner),
+            options,
+        })
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn run(&self, mapper: &mut Mapper, steps: &[Step]) -> Result<(), DmError> {
+        steps.iter().try_for_each(|step| {
+            if let Some(observer) = &self.options.observer {
+                observer(step);
+            }
+            mapper.apply(step)
+        })
+    }
+
+    /// Undoes everything but the snapshots that are held.
+    pub(super) fn settle(&self, inner: &mut Inner, more: &[DeviceId]) -> Result<(), DmError> {
+        let keep: BTreeSet<SnapshotId> = inner.held.keys().copied().collect();
+        let view = inner.mapper.view(more)?;
+        let steps = plan::settle(&view, &keep);
+        // A step that the kernel refuses keeps nobody else's from being done.
+        let mut failure = None;
+        for step in &steps {
+            if let Err(error) = self.run(&mut inner.mapper, std::slice::from_ref(step)) {
+                failure.get_or_insert(error);
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Takes all origins at one instant.
+    ///
+    /// # Errors
+    /// One of them can't be taken, or something failed: all is as it was.
+    pub fn take(
+        &self,
+        snapshot: SnapshotId,
+        origins: &[Origin],
+        instants: &mut dyn Instants,
+    ) -> Result<Taken, DmError> {
+        let mut inner = self.lock();
+        let mut wanted = Vec::with_capacity(origins.len());
+        let mut entry = Entry {
+            snapshot,
+            boot: boot_id().map_err(|source| DmError::Io {
+                action: "read the boot id of",
+                path: "/proc".into(),
+                source,
+            })?,
+            taken: false,
+            origins: Vec::new(),
+        };
+        let mut beneath = BTreeSet::new();
+        for origin in origins {
+            let (table, view) = check(&mut inner.mapper, &origin.device)?;
+            beneath.extend(self.check_place(&inner, &view, origin, origins)?);
+            let node = Node::Image(snapshot, origin.device.id);
+            let files = match &origin.place {
+                Place::Directory(directory) => vec![directory.join(format!("{}.diff", node.name()))],
+                Place::Ranges(_) => Vec::new(),
+            };
+            let names = inner.mapper.control().names(Which::Device(origin.device.id));
+            let (name, uuid) = names.unwrap_or_default();
+            entry.origins.push(OriginEntry {
+                device: origin.device.id,
+                name,
+                uuid,
+                files,
+            });
+            wanted.push(Wanted {
+                origin: origin.device.id,
+                chunk: chunk_of(table.sectors()),
+                table,
+                storage: Vec::new(),
+            });
+        }
+        self.journal.write(&entry)?;
+        let taken = self.take_written(&mut inner, snapshot, origins, wanted, instants, beneath);
+        let written = taken.and_then(|taken| {
+            entry.taken = true;
+            self.journal.write(&entry)?;
+            Ok(taken)
+        });
+        if written.is_err() {
+            self.forget(&mut inner, &entry);
+        }
+        written
+    }
+
+    /// Where old data must not be: on an origin of this snapshot, where it would wait for itself, and on one of another,
+    /// whose old data could be here.
+    fn check_place(
+        &self,
+        inner: &Inner,
+        view: &View,
+        origin: &Origin,
+        origins: &[Origin],
+    ) -> Result<BTreeSet<DeviceId>, DmError> {
+        let beneath = origin.place.beneath()?;
+        let place = origin.place.shown();
+        if let Some(one) = origins.iter().find(|one| beneath.contains(&one.device.id)) {
+            return Err(DmError::storage(
+                place,
+                format_args!(
+                    "it is on {}, which is to be taken; give another place",
+                    one.device.path.display()
+                ),
+            ));
+        }
+        let held = view
+            .keys()
+            .find(|node| matches!(node, Node::Real(of) if beneath.contains(of)));
+        if let Some(node) = held {
+            return Err(DmError::storage(
+                place,
+                format_args!(
+                    "it is on {}, of which a snapshot is held; give another place",
+                    node.origin()
+                ),
+            ));
+        }
+        let of_others = inner
+            .held
+            .values()
+            .any(|held| held.beneath.contains(&origin.device.id));
+        let stands = |node: &Node, number: Option<DeviceId>| {
+            matches!(node, Node::Storage(..))
+                && number.is_some_and(|number| beneath_device(number).contains(&origin.device.id))
+        };
+        if of_others || view.iter().any(|(node, seen)| stands(node, seen.number)) {
+            return Err(DmError::refused(
+                origin.device.path.display(),
+                "it has the difference storage of a snapshot that is held; destroy that first",
+            ));
+        }
+        Ok(beneath)
+    }
+
+    fn take_written(
+        &self,
+        inner: &mut Inner,
+        snapshot: SnapshotId,
+        origins: &[Origin],
+        mut wanted: Vec<Wanted>,
+        instants: &mut dyn Instants,
+        beneath: BTreeSet<DeviceId>,
+    ) -> Result<Taken, DmError> {
+        let mut held = Held {
+            storage: BTreeMap::new(),
+            beneath,
+            left: BTreeMap::new(),
+        };
+        for (origin, wanted) in origins.iter().zip(&mut wanted) {
+            let name = format!("{}.diff", Node::Image(snapshot, origin.device.id).name());
+            let storage = Storage::make(&origin.place, &name, origin.bytes)?;
+            wanted.storage = storage.extents();
+            held.storage.insert(origin.device.id, storage);
+        }
+        let sectors: Vec<u64> = wanted.iter().map(|one| one.table.sectors()).collect();
+        // Those that stand on others come first: what they have under way ends below them.
+        wanted.sort_by_key(|one| std::cmp::Reverse(beneath_device(one.origin).len()));
+        let ids: Vec<DeviceId> = wanted.iter().map(|one| one.origin).collect();
+        let view = inner.mapper.view(&ids)?;
+        self.run(&mut inner.mapper, &plan::prepare(&view, snapshot, &wanted))?;
+        for one in &wanted {
+            if inner.mapper.table(Node::Real(one.origin))? != one.table {
+                return Err(DmError::refused(
+                    one.origin,
+                    "the kernel does not give its table back as it was; use another filter",
+                ));
+            }
+        }
+        let suspended = self.instant(inner, snapshot, &wanted, instants)?;
+        let ids = origins.iter().map(|origin| origin.device.id);
+        let images = ids.zip(sectors).map(|(origin, sectors)| {
+            let node = Node::Image(snapshot, origin);
+            let device = inner.mapper.number(node).ok_or_else(|| DmError::Gone {
+                action: "find",
+                device: node.to_string(),
+            })?;
+            Ok(DmImage {
+                origin,
+                device,
+                sectors,
+            })
+        });
+        let images = images.collect::<Result<_, DmError>>()?;
+        inner.held.insert(snapshot, held);
+        Ok(Taken { images, suspended })
+    }
+
+    fn instant(
+        &self,
+        inner: &mut Inner,
+        snapshot: SnapshotId,
+        wanted: &[Wanted],
+        instants: &mut dyn Instants,
+    ) -> Result<Duration, DmError> {
+        let (stop, go_on) = (plan::stop(wanted), plan::go_on(snapshot, wanted));
+        // Below first, as they go on.
+        let order: Vec<DeviceId> = wanted.iter().rev().map(|one| one.origin).collect();
+        let mut watchdog = Watchdog::start_with(&self.options.watchdog, &[], &order)?;
+        let _locked = Locked::all();
+        let ready = instants
+            .before()
+            .and_then(|()| Ok(watchdog.go(self.options.limit)?));
+        let begun = Instant::now();
+        let stopped = ready.and_then(|()| {
+            self.run(&mut inner.mapper, &stop)?;
+            instants.at()?;
+            self.run(&mut inner.mapper, &go_on)
+        });
+        let suspended = begun.elapsed();
+        if stopped.is_err() {
+            // Nobody waits for what was begun; what is wrong with this shows when it is settled.
+            let _ = self.settle(inner, &order);
+        }
+        let late = watchdog.disarm();
+        let after = instants.after();
+        stopped?;
+        after?;
+        // It resumed one before the last one was suspended: there was no instant.
+        if late? || suspended >= self.options.limit {
+            return Err(DmError::Late {
+                device: order.first().map(ToString::to_string).unwrap_or_default(),
+            });
+        }
+        Ok(suspended)
+    }
+
+    /// Ends a snapshot. Who has an image open gets errors. An origin of which no other snapshot is held has its old table
+    /// afterwards.
+    ///
+    /// # Errors
+    /// The kernel refused something; what could be done is done, and another try does the rest.
+    pub fn release(&self, snapshot: SnapshotId) -> Result<(), DmError> {
+        let mut inner = self.lock();
+        let (entries, _) = self.journal.read()?;
+        let entry = entries.into_iter().find(|entry| entry.snapshot == snapshot);
+        let held = inner.held.remove(&snapshot);
+        let settled = self.settle_guarded(&mut inner, entry.as_ref());
+        let removed = held.map_or(Ok(()), |held| {
+            held.storage.into_values().try_for_each(Storage::remove)
+        });
+        settled?;
+        removed?;
+        if let Some(entry) = entry {
+            self.forget_files(&entry)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Dm::settle`], with a watchdog beside it, since origins are suspended for a moment.
+    pub(super) fn settle_guarded(&self, inner: &mut Inner, entry: Option<&Entry>) -> Result<(), DmError> {
+        let view = inner.mapper.view(&[])?;
+        let mut order: BTreeSet<DeviceId> = view.keys().map(|node| node.origin()).collect();
+        order.extend(
+            entry
+                .iter()
+                .flat_map(|entry| entry.origins.iter().map(|one| one.device)),
+        );
+        let order: Vec<DeviceId> = order.into_iter().collect();
+        let mut watchdog = Watchdog::start_with(&self.options.watchdog, &[], &order)?;
+        let _locked = Locked::all();
+        watchdog.go(self.options.limit)?;
+        let settled = self.settle(inner, &order);
+        watchdog.disarm()?;
+        settled
+    }
+
+    /// Removes what a take that failed has left.
+    fn forget(&self, inner: &mut Inner, entry: &Entry) {
+        let _locked = inner.held.remove(&entry.snapshot);
+        let origins: Vec<DeviceId> = entry.origins.iter().map(|one| one.device).collect();
+        let done = self
+            .settle(inner, &origins)
+            .and_then(|()| self.forget_files(entry));
+        if let Err(error) = done {
+            tracing::warn!(snapshot = %entry.snapshot, %error, "a part of a snapshot that was not taken stays until the next start");
+        }
+    }
+
+    pub(super) fn forget_files(&self, entry: &Entry) -> Result<(), DmError> {
+        let mut files = entry.origins.iter().flat_map(|origin| &origin.files);
+        files.try_for_each(|file| super::storage::remove_file(file))?;
+        Ok(self.journal.remove(entry.snapshot)?)
+    }
+}

@@ -1,0 +1,97 @@
+//! Dm: takes or releases a snapshot by the dm filter, and ends itself, as a crash would, before a step.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::Result;
+use blksnap_agent::disk::watchdog::SUBCOMMAND;
+use blksnap_agent::disk::{BlockDevice, WatchdogCommand};
+use blksnap_agent::filter::dm::{Dm, DmError, DmOptions, Instants, Origin, Place};
+use blksnap_agent::units::SnapshotId;
+use blksnap_tests::agent_binary;
+use clap::Parser;
+use nix::sys::signal::{Signal, raise};
+
+/// Take or release a snapshot by the dm filter, and maybe end before it is done. Run by the tests, in a guest.
+#[derive(Debug, Parser)]
+#[command(name = "blksnap-dm")]
+struct Arguments {
+    /// Directory of the journal
+    #[arg(long)]
+    journal: PathBuf,
+    /// Directory of the difference storage
+    #[arg(long)]
+    storage: PathBuf,
+    /// The snapshot
+    #[arg(long)]
+    snapshot: SnapshotId,
+    /// Ends itself before this step, counted from 0
+    #[arg(long)]
+    end_before: Option<u32>,
+    /// Releases the snapshot instead of taking it
+    #[arg(long)]
+    release: bool,
+    /// The origins
+    devices: Vec<PathBuf>,
+}
+
+/// Nothing is frozen, and nothing tracked.
+struct Nothing;
+
+impl Instants for Nothing {
+    fn before(&mut self) -> Result<(), DmError> {
+        Ok(())
+    }
+
+    fn at(&mut self) -> Result<(), DmError> {
+        Ok(())
+    }
+
+    fn after(&mut self) -> Result<(), DmError> {
+        Ok(())
+    }
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let mut options = DmOptions::new(arguments.journal.clone());
+    options.watchdog = WatchdogCommand {
+        program: agent_binary()?,
+        arguments: vec![SUBCOMMAND.into()],
+    };
+    let done = AtomicU32::new(0);
+    let end_before = arguments.end_before;
+    let dm = Dm::open(options.clone())?;
+    if arguments.release {
+        // What the process before left is adopted before steps are counted.
+        dm.recover(true)?;
+    }
+    drop(dm);
+    options.observer = Some(Arc::new(move |_| {
+        if Some(done.fetch_add(1, Ordering::Relaxed)) == end_before {
+            // It does not return.
+            let _ = raise(Signal::SIGKILL);
+        }
+    }));
+    let dm = Dm::open(options)?;
+    if arguments.release {
+        dm.release(arguments.snapshot)?;
+    } else {
+        let origins = origins(&arguments.devices, &arguments.storage)?;
+        dm.take(arguments.snapshot, &origins, &mut Nothing)?;
+    }
+    println!("done");
+    Ok(())
+}
+
+fn origins(devices: &[PathBuf], storage: &Path) -> Result<Vec<Origin>> {
+    let origin = |device: &PathBuf| {
+        Ok(Origin {
+            device: BlockDevice::open(device)?,
+            place: Place::Directory(storage.to_owned()),
+            bytes: 16 << 20,
+        })
+    };
+    devices.iter().map(origin).collect()
+}
