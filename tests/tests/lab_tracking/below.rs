@@ -89,27 +89,46 @@ fn is_refused(backing: &Path) -> Result<()> {
 #[test]
 #[ignore = "needs bcache: cargo xtask test --vm 6.12"]
 fn bcache() -> Result<()> {
+    bcache_of(true)
+}
+
+#[test]
+#[ignore = "needs bcache: cargo xtask test --vm 6.12"]
+fn bcache_without_a_cache() -> Result<()> {
+    bcache_of(false)
+}
+
+fn bcache_of(cached: bool) -> Result<()> {
     lab::load("bcache", &[]);
     let register = Path::new("/sys/fs/bcache/register");
     if !register.exists() {
         return lab::absent("bcache");
     }
-    let disks = disks(2, 32)?;
+    let disks = disks(2, 64)?;
     let (backing, cache) = (disks[0].path(), disks[1].path());
     let words = ["--wipe-bcache", "--bucket", "64k", "-B"].map(std::ffi::OsStr::new);
-    let devices = [backing.as_os_str(), "-C".as_ref(), cache.as_os_str()];
+    let mut devices = vec![backing.as_os_str()];
+    if cached {
+        devices.extend(["-C".as_ref(), cache.as_os_str()]);
+    }
     run("make-bcache", words.into_iter().chain(devices))?;
-    for disk in [cache, backing] {
+    for disk in [cache, backing].iter().skip(usize::from(!cached)) {
         // It may have been seen already.
         let _ = fs::write(register, format!("{}\n", disk.display()));
     }
     let name = disks[0].name();
     let holder = format!("/sys/block/{name}/bcache/dev");
+    let state = format!("/sys/block/{name}/bcache/state");
+    let is_there = || {
+        let state = fs::read_to_string(&state).unwrap_or_default();
+        Path::new(&holder).exists() && (state.trim() != "no cache") == cached
+    };
     let mut waited = 0;
-    while !Path::new(&holder).exists() && waited < 100 {
+    while !is_there() && waited < 100 {
         thread::sleep(Duration::from_millis(100));
         waited += 1;
     }
+    ensure!(is_there(), "with a cache: {cached}; {state} does not say so");
     let device = fs::read_link(&holder).with_context(|| format!("read {holder}"))?;
     let node = Path::new("/dev").join(device.file_name().context("a name")?);
     // Written through: the data is on the backing device when the write ends.
