@@ -20,6 +20,16 @@ pub const REQUEST_RING_BYTES: u32 = 256 * 1024;
 /// Buckets of [`GateState::hold_buckets`]: below 2^10 ns, 2^11 ns, and so on; the last has all that is longer.
 pub const HOLD_BUCKETS: usize = 24;
 
+/// What a gate does, [`GateState::armed`].
+pub mod armed {
+    /// Everything passes.
+    pub const OPEN: u64 = 0;
+    /// Writes wait, and the auditor looks.
+    pub const AUDITED: u64 = 1;
+    /// Writes wait, and those that were let pass before are still on their way: the auditor does not look.
+    pub const HOLDS: u64 = 2;
+}
+
 /// Why a gate lets everything pass, as bits of [`GateState::broken`].
 pub mod broken {
     /// A write reached the disk before old data was kept: no copy of the program saw it.
@@ -41,7 +51,7 @@ pub mod broken {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct GateState {
-    /// 1 while writes wait; 0 lets everything pass.
+    /// One of [`armed`].
     pub armed: u64,
     /// Bits of [`broken`]; anything but 0 lets everything pass.
     pub broken: u64,

@@ -14,6 +14,7 @@ use crate::cbt::TrackingParams;
 use crate::control::{CONTROL_SOCKET, NBD_SOCKET};
 use crate::cow::ChunkParams;
 use crate::daemon::{self, Config, NbdConfig};
+use crate::filter::gate::GateOptions;
 use crate::nbd::activation::Inherited;
 use crate::nbd::endpoint::LocalTls;
 use crate::nbd::server::ServerLimits;
@@ -82,7 +83,13 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
             minimum: options.holding.diff_storage_minimum,
             queue: options.holding.chunk_maximum_in_queue as usize,
             buffers: options.holding.free_diff_buffer_pool_size as usize,
+            filter: options.holding.filter,
             ..HoldOptions::default()
+        },
+        gate: GateOptions {
+            priority: options.holding.gate_priority,
+            btf: options.btf.clone(),
+            ..GateOptions::with_deadline(Duration::from_millis(options.holding.gate_deadline))
         },
         memory_limit: options.memory_limit,
         tracker: TrackerConfig {

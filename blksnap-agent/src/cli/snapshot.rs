@@ -53,6 +53,7 @@ async fn change(context: &Context, command: &Command) -> Result<()> {
             devices,
             storage,
             promise,
+            filter,
             minimum,
             no_autogrow,
             no_take,
@@ -62,6 +63,7 @@ async fn change(context: &Context, command: &Command) -> Result<()> {
                 devices: devices.iter().map(|path| absolute(path)).collect::<Result<_>>()?,
                 storage: storage.iter().map(|text| place(text)).collect::<Result<_>>()?,
                 promise: *promise,
+                filter: *filter,
                 minimum: *minimum,
                 no_autogrow: *no_autogrow,
             };
@@ -165,6 +167,9 @@ fn images(snapshot: &Snapshot) -> String {
             consistency(image.consistency, image.frozen_seconds)
         );
     }
+    if let (Some(filter), Some(why)) = (&snapshot.filter, &snapshot.filter_reason) {
+        let _ = writeln!(text, "filter {filter}: {why}");
+    }
     text
 }
 
@@ -256,7 +261,11 @@ fn info(snapshot: &Snapshot) -> String {
         ("taken", snapshot.taken.map_or_else(|| "-".to_owned(), utc)),
         (
             "filter",
-            snapshot.filter.clone().unwrap_or_else(|| "-".to_owned()),
+            match (&snapshot.filter, &snapshot.filter_reason) {
+                (Some(filter), Some(why)) => format!("{filter}: {why}"),
+                (Some(filter), None) => filter.clone(),
+                (None, _) => "-".to_owned(),
+            },
         ),
         (
             "storage",

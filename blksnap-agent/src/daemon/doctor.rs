@@ -9,7 +9,7 @@ use std::io;
 use std::path::Path;
 
 use crate::control::api::{Check, CheckState, DoctorReport};
-use crate::filter::gate::{Availability, GateOptions, Preemption};
+use crate::filter::gate::{Availability, GateOptions};
 use crate::ublk::{self, UblkError};
 
 /// Bits of `CapEff` in `/proc/self/status`, from `include/uapi/linux/capability.h`.
@@ -242,12 +242,7 @@ fn block_devices(available: Result<(), UblkError>) -> Check {
 
 /// Whether the writes of disks in use could be held (`filter::gate`); all else works without.
 fn gate(found: &Availability) -> Check {
-    let mode = match &found.preemption {
-        Preemption::Voluntary(mode) => mode.as_str(),
-        Preemption::Lazy => "lazy",
-        Preemption::Full => "full",
-        Preemption::Unknown => "not known",
-    };
+    let mode = &found.preemption;
     match found.lacks() {
         None => check(
             "gate",
@@ -270,6 +265,7 @@ fn gate(found: &Availability) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::filter::gate::Preemption;
 
     #[test]
     fn kernels_are_judged_by_their_numbers() {

@@ -6,6 +6,7 @@ use crate::disk::DiskError;
 use crate::disk::extents::ExtentsError;
 use crate::engine::CopyError;
 use crate::filter::converge::ConvergeError;
+use crate::filter::gate::GateError;
 use crate::own::HelperError;
 use crate::seal::SealError;
 use crate::snapshot::SnapshotError;
@@ -159,7 +160,11 @@ impl Tell for SnapshotError {
             Self::Journal(_) | Self::Served(_) => Code::Io,
             Self::Own(error) => error.code(),
             Self::OwnNeeded { .. } | Self::OwnMoved { .. } => Code::Busy,
-            Self::OwnDevice { .. } => Code::InvalidRequest,
+            Self::OwnDevice { .. } | Self::OnOrigin { .. } => Code::InvalidRequest,
+            Self::NoGates(_) => Code::Unsupported,
+            Self::Gate(GateError::Busy { .. } | GateError::Broken { .. }) => Code::Busy,
+            Self::Gate(GateError::Btf(_) | GateError::Load(_)) => Code::Unsupported,
+            Self::Gate(_) => Code::Io,
             Self::Storage(error) => error.code(),
             Self::Tracker(error) => error.code(),
             Self::Converge(error) => error.code(),

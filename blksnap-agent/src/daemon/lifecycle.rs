@@ -21,6 +21,7 @@ use crate::cbt::TrackingParams;
 use crate::control::directory::{DirectoryError, RuntimeDirectory};
 use crate::control::{LOCK_FILE, Service, server};
 use crate::cow::ChunkParams;
+use crate::filter::gate::GateOptions;
 use crate::nbd::activation::Inherited;
 use crate::nbd::address::Address;
 use crate::nbd::endpoint::{Endpoint, EndpointError, LocalTls};
@@ -66,6 +67,8 @@ pub struct Config {
     pub chunks: ChunkParams,
     /// Parameters of held snapshots.
     pub holding: HoldOptions,
+    /// How gates work.
+    pub gate: GateOptions,
     /// Most memory that tracking one device may take, in bytes.
     pub memory_limit: u64,
     /// The tracker.

@@ -17,7 +17,9 @@ use super::proto::{BlockSizes, ContextName, StatusExtent};
 use crate::cbt::ReadMap;
 use crate::disk::{Allocation, Zero};
 use crate::engine::cow::ImageError;
-use crate::filter::served::{Served, ServedImage};
+use crate::engine::cow::Origin;
+use crate::filter::held::HeldImage;
+use crate::filter::served::Served;
 
 /// Most extents in one answer about allocation.
 const MOST: usize = 1 << 12;
@@ -32,8 +34,8 @@ pub struct ServedExport {
 }
 
 /// The block sizes of a device: what a client need not keep to, and what is best.
-fn block_sizes(served: &Served) -> BlockSizes {
-    let disk = served.origin().disk();
+fn block_sizes(origin: &Origin) -> BlockSizes {
+    let disk = origin.disk();
     let preferred = disk.minimum_io().max(4096);
     // A size that is no multiple of the logical block, as files may have, is reached by bytes.
     BlockSizes::new(1, preferred, 32 << 20).unwrap_or(BlockSizes::DEFAULT)
@@ -46,7 +48,7 @@ impl ServedExport {
         Self {
             name: served.name().to_owned(),
             description: format!("{}, served", served.path().display()),
-            sizes: block_sizes(&served),
+            sizes: block_sizes(served.origin()),
             served,
         }
     }
@@ -142,12 +144,12 @@ impl Export for ServedExport {
     }
 }
 
-/// An image of a device that the agent serves.
+/// An image of a device whose writes are held.
 #[derive(Debug)]
 pub struct HeldExport {
     name: String,
     description: String,
-    image: ServedImage,
+    image: HeldImage,
     sizes: BlockSizes,
     /// With what was written to the image.
     changes: Option<RwLock<Changes>>,
@@ -156,11 +158,11 @@ pub struct HeldExport {
 impl HeldExport {
     /// The image as `name`.
     #[must_use]
-    pub fn new(name: impl Into<String>, description: impl Into<String>, image: ServedImage) -> Self {
+    pub fn new(name: impl Into<String>, description: impl Into<String>, image: HeldImage) -> Self {
         Self {
             name: name.into(),
             description: description.into(),
-            sizes: block_sizes(image.served()),
+            sizes: block_sizes(image.origin()),
             image,
             changes: None,
         }

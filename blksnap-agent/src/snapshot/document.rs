@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::FilterKind;
 use crate::engine::cow::Promise;
 use crate::statefile::{self, Format, StateFileError};
 use crate::storage::StorageSpec;
@@ -59,6 +60,9 @@ pub(super) struct Document {
     pub(super) boot: String,
     /// The agent has flushed everything and ended.
     pub(super) stopped: bool,
+    /// What held its writes. One that is not `served` has ended with its agent.
+    #[serde(default = "FilterKind::served", skip_serializing_if = "FilterKind::is_served")]
+    pub(super) filter: FilterKind,
     pub(super) promise: Promise,
     /// `diff_storage_minimum`, in bytes.
     pub(super) minimum: u64,

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 
 use crate::engine::cow::journal::JournalError;
 use crate::filter::converge::ConvergeError;
+use crate::filter::gate::GateError;
 use crate::filter::served::TakeError;
 use crate::own::HelperError;
 use crate::statefile::StateFileError;
@@ -45,7 +46,7 @@ pub enum SnapshotError {
     NotTracked(DeviceId),
     /// Devices that are copied, and devices that the agent serves.
     #[error(
-        "{device} can't be in snapshot {snapshot}: devices that are served and others have no common instant; make one snapshot for each kind"
+        "{device} can't be in snapshot {snapshot}: devices whose old data survives in different ways have no common instant; make one snapshot for each filter"
     )]
     Mixed {
         /// The device's path.
@@ -85,6 +86,23 @@ pub enum SnapshotError {
     /// Served devices can't be taken.
     #[error(transparent)]
     Served(#[from] TakeError),
+    /// Gates.
+    #[error(transparent)]
+    Gate(#[from] GateError),
+    /// Devices with gates can't be taken: nobody made any.
+    #[error("can't hold writes of {0} in the kernel: this agent has no gates; choose another filter")]
+    NoGates(String),
+    /// Storage that stands on a device whose writes are held.
+    #[error(
+        "can't store in {place}: it is on {}, whose writes would wait for themselves; give a place on another device, or memory:SIZE",
+        origin.display()
+    )]
+    OnOrigin {
+        /// The storage.
+        place: String,
+        /// The device, or where its file system is mounted.
+        origin: PathBuf,
+    },
     /// The difference storage.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -157,7 +175,10 @@ impl SnapshotError {
             Self::Mixed { .. }
             | Self::OneDirectory { .. }
             | Self::NotAppendable(_)
-            | Self::OwnDevice { .. } => Errno::EINVAL,
+            | Self::OwnDevice { .. }
+            | Self::OnOrigin { .. } => Errno::EINVAL,
+            Self::NoGates(_) => Errno::EOPNOTSUPP,
+            Self::Gate(GateError::Busy { .. } | GateError::Broken { .. }) => Errno::EBUSY,
             Self::OwnNeeded { .. } | Self::OwnMoved { .. } => Errno::EBUSY,
             Self::State { source, .. } => source.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
             Self::Storage(_)
@@ -167,6 +188,7 @@ impl SnapshotError {
             | Self::Journal(_)
             | Self::Document(_)
             | Self::Served(_)
+            | Self::Gate(_)
             | Self::Defect(_) => Errno::EIO,
         }
     }

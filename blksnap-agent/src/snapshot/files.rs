@@ -21,8 +21,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::{SnapshotError, places};
 use crate::cow::SnapshotKey;
 use crate::disk::Disk;
-use crate::engine::cow::Fence;
-use crate::filter::served::{Served, ServedImage};
+use crate::engine::cow::{Fence, Image};
+use crate::filter::served::Served;
 use crate::own::{Candidate, Helper, Kept, Make};
 use crate::storage::{Numbered, Own, OwnFile, OwnPlace};
 use crate::units::{DeviceId, Extent, SnapshotId};
@@ -122,10 +122,10 @@ impl FileInUse {
     }
 
     /// An image needs what is stored here.
-    pub(super) fn used_by(&self, image: &ServedImage) {
-        let origin = image.served().origin();
-        if !self.fence.used_by(origin, image.image().key()) {
-            self.fence.break_off(origin, image.image().key());
+    pub(super) fn used_by(&self, image: &Image) {
+        let origin = image.origin();
+        if !self.fence.used_by(origin, image.key()) {
+            self.fence.break_off(origin, image.key());
         }
     }
 

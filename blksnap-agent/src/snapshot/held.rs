@@ -9,27 +9,26 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use nix::sys::stat::{major, minor};
-
 use super::document::{Document, MemberDocument, journal_path};
-use super::events::{EventData, Events};
-use super::files::{FileInUse, NewFile, next_key};
+use super::files::{FileInUse, NewFile};
 use super::own::Guard;
-use super::owner::{Command, Content, Hold, Image, Owner};
-use super::{Member, SnapshotError, own, places};
+use super::owner::{Content, Hold, Image, Owner};
+use super::stores::{Parts, new_store, pool_events, pool_options};
+use super::{FilterKind, FilterWish, Member, SnapshotError, own, places};
 use crate::cbt::Taken;
-use crate::cow::{SnapshotKey, SpaceEvent, Taken as TakenSlot};
+use crate::cow::Taken as TakenSlot;
 use crate::disk::FileDisk;
+use crate::engine::cow::Promise;
 use crate::engine::cow::journal::{Journal, JournalError, Subject};
-use crate::engine::cow::{Broken, DiffStorage, Promise, Store, StoreOptions};
 use crate::filter::converge::Consistency;
+use crate::filter::gate::Gate;
+use crate::filter::held::HeldImage;
 use crate::filter::served::{self, Served, ServedImage};
 use crate::statefile;
 use crate::storage::{Pool, PoolOptions, StorageSpec};
-use crate::units::{Extent, SECTOR_BYTES, Sectors, SnapshotId};
+use crate::units::SnapshotId;
 
 /// Parameters of held snapshots.
 #[derive(Clone, Debug)]
@@ -44,6 +43,10 @@ pub struct HoldOptions {
     pub queue: usize,
     /// `free_diff_buffer_pool_size`.
     pub buffers: usize,
+    /// Which filter devices get that are not served.
+    pub filter: FilterWish,
+    /// Why it was chosen, if nobody named it.
+    pub chosen: Option<String>,
 }
 
 impl Default for HoldOptions {
@@ -55,6 +58,8 @@ impl Default for HoldOptions {
             autogrow: true,
             queue: 16,
             buffers: 128,
+            filter: FilterWish::default(),
+            chosen: None,
         }
     }
 }
@@ -71,11 +76,13 @@ pub struct HoldPlace {
 /// A held snapshot.
 #[derive(Debug)]
 pub(super) struct Held {
-    directory: Option<PathBuf>,
-    document: Document,
-    pool: Arc<Pool>,
-    images: Vec<ServedImage>,
-    guards: Vec<Guard>,
+    pub(super) directory: Option<PathBuf>,
+    pub(super) document: Document,
+    pub(super) pool: Arc<Pool>,
+    pub(super) images: Vec<HeldImage>,
+    pub(super) guards: Vec<Guard>,
+    /// Of devices that have one, in the order of the images.
+    pub(super) gates: Vec<Arc<Gate>>,
 }
 
 /// What goes on.
@@ -83,49 +90,6 @@ pub(super) struct Resumed {
     pub(super) held: Held,
     pub(super) images: Vec<Image>,
     pub(super) files: Vec<Arc<FileInUse>>,
-}
-
-/// Tells whoever waits for events of a snapshot that an image is lost.
-struct Tell {
-    id: SnapshotId,
-    events: Arc<Events>,
-    served: Arc<Served>,
-}
-
-impl Broken for Tell {
-    fn broken(&self, errno: i32, what: &str) {
-        let device = self.served.path().display().to_string();
-        tracing::error!(snapshot = %self.id, device, errno, what, "the image is lost; the device goes on");
-        let number = fs::metadata(self.served.path())
-            .ok()
-            .filter(|metadata| {
-                use std::os::unix::fs::FileTypeExt as _;
-                metadata.file_type().is_block_device()
-            })
-            .map_or(0, |metadata| std::os::unix::fs::MetadataExt::rdev(&metadata));
-        self.events.send(EventData::Corrupted {
-            device,
-            major: u32::try_from(major(number)).unwrap_or_default(),
-            minor: u32::try_from(minor(number)).unwrap_or_default(),
-            errno,
-            reason: what.to_owned(),
-        });
-    }
-}
-
-/// A pool whose events go to who waits for them, and to the owner.
-pub(super) fn pool_events(
-    events: &Arc<Events>,
-    owner: &Sender<Command>,
-) -> Arc<dyn Fn(SpaceEvent) + Send + Sync> {
-    let (events, owner) = (Arc::clone(events), owner.clone());
-    Arc::new(move |SpaceEvent::LowFreeSpace { requested }| {
-        // One that is gone needs no space.
-        let _ = owner.send(Command::Low(requested));
-        events.send(EventData::LowFreeSpace {
-            requested: Sectors::new(requested / SECTOR_BYTES),
-        });
-    })
 }
 
 impl Held {
@@ -188,7 +152,7 @@ impl Held {
             };
             members.push(served::Member {
                 served: Arc::clone(served),
-                store: Arc::new(new_store(id, served, parts, options, events)),
+                store: Arc::new(new_store(id, served.path(), parts, options, events)),
             });
         }
         let guards = own::guards(&pool.specs(), devices);
@@ -197,13 +161,13 @@ impl Held {
             .iter()
             .flat_map(|guard| taken.iter().map(move |member| (guard, member)))
         {
-            guard.used_by(&member.image);
+            guard.used_by(member.image.image());
         }
         for (file, member) in files
             .iter()
             .flat_map(|file| taken.iter().map(move |member| (file, member)))
         {
-            file.used_by(&member.image);
+            file.used_by(member.image.image());
         }
         let now = SystemTime::now();
         let document = Document {
@@ -212,6 +176,7 @@ impl Held {
             taken: seconds(now),
             boot: place.boot.clone(),
             stopped: false,
+            filter: FilterKind::Served,
             promise: options.promise,
             minimum: options.minimum,
             autogrow: options.autogrow,
@@ -225,8 +190,12 @@ impl Held {
             directory,
             document,
             pool: Arc::clone(pool),
-            images: taken.iter().map(|member| member.image.clone()).collect(),
+            images: taken
+                .iter()
+                .map(|member| HeldImage::Served(member.image.clone()))
+                .collect(),
             guards,
+            gates: Vec::new(),
         };
         // Written after the instant: until it is there, the snapshot ends with the agent.
         if let Err(error) = held.write() {
@@ -306,7 +275,7 @@ impl Held {
             owner.files.as_ref().map(|files| &files.devices),
         );
         let pool = Pool::reopen(
-            pool_options(document.minimum, document.autogrow, devices),
+            pool_options(document.minimum, document.autogrow, logical_block(devices)),
             pool_events(events, &owner.queue),
             &document.storage,
             &|own| {
@@ -323,11 +292,13 @@ impl Held {
             pool,
             images: Vec::new(),
             guards: own::guards(&storage, devices),
+            gates: Vec::new(),
         };
         let options = HoldOptions {
             promise: held.document.promise,
             ..options.clone()
         };
+        let mut images: Vec<ServedImage> = Vec::new();
         for ((journal, table), served) in tables.into_iter().zip(devices) {
             let parts = Parts {
                 pool: &held.pool,
@@ -335,25 +306,27 @@ impl Held {
                 excluded: own::ranges_of(&held.document.storage, served),
                 free: None,
             };
-            let store = new_store(held.document.id, served, parts, &options, events);
+            let store = new_store(held.document.id, served.path(), parts, &options, events);
             let resumed = served.resume(Arc::new(store), table);
             let durable = options.promise == Promise::PowerCut;
             match resumed.map_err(|error| error.to_string()).and_then(|image| {
                 let lease = served.survive_power_cuts(durable || served.origin().counters().snapshots > 1);
                 lease.map_err(|error| error.to_string()).map(|()| image)
             }) {
-                Ok(image) => held.images.push(image),
+                Ok(image) => images.push(image),
                 Err(error) => {
+                    held.images = images.into_iter().map(HeldImage::Served).collect();
                     held.release();
                     return Err(Unfinished::Storage(error));
                 }
             }
         }
-        for (image, member) in held.images.iter().zip(&held.document.members) {
+        held.images = images.iter().cloned().map(HeldImage::Served).collect();
+        for (image, member) in images.iter().zip(&held.document.members) {
             let origin = image.served().origin();
             origin.set_free(image.image().key(), member.free.clone());
-            files.iter().for_each(|(_, file)| file.used_by(image));
-            held.guards.iter().for_each(|guard| guard.used_by(image));
+            files.iter().for_each(|(_, file)| file.used_by(image.image()));
+            held.guards.iter().for_each(|guard| guard.used_by(image.image()));
         }
         let files: Vec<_> = files.into_iter().map(|(_, file)| file).collect();
         for (member, served) in held.document.members.iter_mut().zip(devices) {
@@ -367,7 +340,7 @@ impl Held {
             return Err(Unfinished::Storage(error.to_string()));
         }
         let images =
-            held.images
+            images
                 .iter()
                 .zip(&held.document.members)
                 .map(|(image_of, member)| {
@@ -405,22 +378,27 @@ impl Held {
     /// Adds storage, and says so to the next agent. What is on a member itself belongs to its image no more before it is
     /// used.
     pub(super) fn append(&mut self, spec: &StorageSpec) -> Result<(), SnapshotError> {
-        let own = |image: &ServedImage| own::ranges_of(std::slice::from_ref(spec), image.served());
-        for image in &self.images {
-            image.served().origin().exclude(image.image().key(), &own(image));
-        }
+        super::gated::check_storage(&self.gates, std::slice::from_ref(spec))?;
         let devices: Vec<_> = self
             .images
             .iter()
-            .map(|image| Arc::clone(image.served()))
+            .filter_map(|image| image.served().cloned())
             .collect();
+        let own = |image: &HeldImage| {
+            image.served().map_or_else(Vec::new, |served| {
+                own::ranges_of(std::slice::from_ref(spec), served)
+            })
+        };
+        for image in &self.images {
+            image.origin().exclude(image.image().key(), &own(image));
+        }
         let guards = own::guards(std::slice::from_ref(spec), &devices);
         for guard in &guards {
-            self.images.iter().for_each(|image| guard.used_by(image));
+            self.images.iter().for_each(|image| guard.used_by(image.image()));
         }
         if let Err(error) = self.pool.append(spec) {
             for image in &self.images {
-                image.served().origin().include(image.image().key(), &own(image));
+                image.origin().include(image.image().key(), &own(image));
             }
             return Err(error.into());
         }
@@ -431,7 +409,9 @@ impl Held {
 
     /// Adds a file on a device. The next agent is told before it is used.
     pub(super) fn append_file(&mut self, made: &NewFile) -> Result<(), SnapshotError> {
-        self.images.iter().for_each(|image| made.in_use.used_by(image));
+        self.images
+            .iter()
+            .for_each(|image| made.in_use.used_by(image.image()));
         let before = self.document.storage.clone();
         self.document.storage.push(StorageSpec::Own(made.spec.clone()));
         let added = self.write().and_then(|()| {
@@ -487,18 +467,22 @@ impl Held {
         self.release();
     }
 
-    fn release(&self) {
+    pub(super) fn release(&self) {
+        for (gate, image) in self.gates.iter().zip(&self.images) {
+            gate.release(image.image().key());
+        }
         for image in &self.images {
-            let origin = image.served().origin();
+            let Some(served) = image.served() else { continue };
+            let origin = served.origin();
             origin.release(image.image().key());
             if self.document.promise == Promise::PowerCut && origin.counters().snapshots == 0 {
                 // A lease that stays durable costs a little, and harms nobody.
-                let _ = image.served().survive_power_cuts(false);
+                let _ = served.survive_power_cuts(false);
             }
         }
     }
 
-    fn write(&self) -> Result<(), SnapshotError> {
+    pub(super) fn write(&self) -> Result<(), SnapshotError> {
         match &self.directory {
             Some(directory) => Ok(self.document.write(directory)?),
             None => Ok(()),
@@ -589,71 +573,6 @@ fn begin_journal(path: &Path, subject: &Subject, promise: Promise) -> Result<Jou
     Ok(Journal::create(Arc::new(disk), subject, promise)?)
 }
 
-/// Where a member's old data goes.
-struct Parts<'a> {
-    pool: &'a Arc<Pool>,
-    journal: Option<Journal>,
-    /// Storage that is on the member itself.
-    excluded: Vec<Extent>,
-    /// Key of what is watched of the member.
-    free: Option<SnapshotKey>,
-}
-
-fn new_store(
-    id: SnapshotId,
-    served: &Arc<Served>,
-    parts: Parts<'_>,
-    options: &HoldOptions,
-    events: &Arc<Events>,
-) -> Store {
-    let key = next_key();
-    Store::new(
-        key,
-        Arc::clone(parts.pool) as Arc<dyn DiffStorage>,
-        StoreOptions {
-            promise: options.promise,
-            queue: options.queue,
-            buffers: options.buffers,
-            journal: parts.journal,
-            excluded: parts.excluded,
-            free: parts.free,
-            broken: Arc::new(Tell {
-                id,
-                events: Arc::clone(events),
-                served: Arc::clone(served),
-            }),
-        },
-    )
-}
-
-/// Options of the pool of a snapshot of these devices.
-pub(super) fn pool_options(minimum: u64, autogrow: bool, devices: &[Arc<Served>]) -> PoolOptions {
-    let blocks = devices
-        .iter()
-        .map(|served| served.origin().disk().logical_block());
-    PoolOptions {
-        minimum,
-        autogrow,
-        logical_block: blocks.min().unwrap_or(512),
-    }
-}
-
-/// Storage that is found again after the agent, where it is a directory.
-pub(super) fn kept(spec: &StorageSpec, id: SnapshotId, promise: Promise) -> StorageSpec {
-    match spec {
-        StorageSpec::Directory {
-            path,
-            limit,
-            keep: None,
-        } if promise != Promise::Nothing => StorageSpec::Directory {
-            path: path.clone(),
-            limit: *limit,
-            keep: Some(id.to_string()),
-        },
-        other => other.clone(),
-    }
-}
-
 /// Most ranges of what was free that are written down: the others can't become storage after a restart.
 const MOST_FREE: usize = 4096;
 
@@ -683,7 +602,7 @@ fn image(image: &ServedImage, taken: Taken, read_map: Option<Arc<crate::cbt::Rea
     Image {
         size: image.image().size(),
         member: Member::Served(Arc::clone(image.served())),
-        content: Content::Held(image.clone()),
+        content: Content::Held(HeldImage::Served(image.clone())),
         taken,
         read_map,
         consistency: Consistency::Crash,
@@ -693,6 +612,14 @@ fn image(image: &ServedImage, taken: Taken, read_map: Option<Arc<crate::cbt::Rea
     }
 }
 
-fn seconds(time: SystemTime) -> u64 {
+/// Smallest logical block of the devices.
+pub(super) fn logical_block(devices: &[Arc<Served>]) -> u32 {
+    let blocks = devices
+        .iter()
+        .map(|served| served.origin().disk().logical_block());
+    blocks.min().unwrap_or(512)
+}
+
+pub(super) fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

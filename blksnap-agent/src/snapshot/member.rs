@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::disk::BlockDevice;
 use crate::filter::served::Served;
 use crate::units::DeviceId;
@@ -12,6 +14,8 @@ use crate::units::DeviceId;
 pub enum Member {
     /// A block device whose changes the kernel tells of; it is copied by `converge`.
     Tracked(BlockDevice),
+    /// A block device whose changes the kernel tells of, and whose writes it holds, too, by a gate.
+    Gated(BlockDevice),
     /// A disk that the agent serves; its writes are held.
     Served(Arc<Served>),
 }
@@ -26,10 +30,13 @@ pub enum MemberId {
 }
 
 /// How old data survives in a snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum FilterKind {
     /// Copied until copy and device are equal.
     Converge,
+    /// Programs in the kernel hold the device's writes.
+    Gate,
     /// The agent serves the device and holds its writes.
     Served,
 }
@@ -40,9 +47,32 @@ impl FilterKind {
     pub const fn label(self) -> &'static str {
         match self {
             Self::Converge => "converge",
+            Self::Gate => "gate",
             Self::Served => "served",
         }
     }
+
+    pub(super) const fn served() -> Self {
+        Self::Served
+    }
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+    pub(super) const fn is_served(&self) -> bool {
+        matches!(self, Self::Served)
+    }
+}
+
+/// Which filter is wished for devices that are not served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FilterWish {
+    /// The first that works: the gate, but for devices of device-mapper, and else converge.
+    Auto,
+    /// [`FilterKind::Converge`].
+    #[default]
+    Converge,
+    /// [`FilterKind::Gate`].
+    Gate,
 }
 
 impl Member {
@@ -50,7 +80,7 @@ impl Member {
     #[must_use]
     pub fn id(&self) -> MemberId {
         match self {
-            Self::Tracked(device) => MemberId::Device(device.id),
+            Self::Tracked(device) | Self::Gated(device) => MemberId::Device(device.id),
             Self::Served(served) => MemberId::Served(served.name().to_owned()),
         }
     }
@@ -60,6 +90,7 @@ impl Member {
     pub const fn filter(&self) -> FilterKind {
         match self {
             Self::Tracked(_) => FilterKind::Converge,
+            Self::Gated(_) => FilterKind::Gate,
             Self::Served(_) => FilterKind::Served,
         }
     }
@@ -68,7 +99,7 @@ impl Member {
     #[must_use]
     pub fn path(&self) -> &Path {
         match self {
-            Self::Tracked(device) => &device.path,
+            Self::Tracked(device) | Self::Gated(device) => &device.path,
             Self::Served(served) => served.path(),
         }
     }
@@ -77,7 +108,7 @@ impl Member {
     #[must_use]
     pub fn name(&self) -> &str {
         match self {
-            Self::Tracked(device) => &device.name,
+            Self::Tracked(device) | Self::Gated(device) => &device.name,
             Self::Served(served) => served.name(),
         }
     }
@@ -86,7 +117,7 @@ impl Member {
     #[must_use]
     pub fn device_id(&self) -> Option<DeviceId> {
         match self {
-            Self::Tracked(device) => Some(device.id),
+            Self::Tracked(device) | Self::Gated(device) => Some(device.id),
             Self::Served(_) => None,
         }
     }
@@ -95,7 +126,7 @@ impl Member {
     #[must_use]
     pub fn size(&self) -> u64 {
         match self {
-            Self::Tracked(device) => device.capacity.bytes(),
+            Self::Tracked(device) | Self::Gated(device) => device.capacity.bytes(),
             Self::Served(served) => served.size(),
         }
     }
@@ -104,7 +135,7 @@ impl Member {
     #[must_use]
     pub const fn tracked(&self) -> Option<&BlockDevice> {
         match self {
-            Self::Tracked(device) => Some(device),
+            Self::Tracked(device) | Self::Gated(device) => Some(device),
             Self::Served(_) => None,
         }
     }

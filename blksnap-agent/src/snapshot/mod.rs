@@ -6,7 +6,9 @@
 //! Block devices are copied ([`FilterKind::Converge`]): their images are files of the difference storage; whoever
 //! reads them shares the file, so that destroying a snapshot takes nothing from under a reader. Devices that the agent
 //! serves are held ([`FilterKind::Served`]): their images are what was preserved and, for the rest, the device itself.
-//! Such a snapshot is written down, and the next agent goes on with it, or says why it can't.
+//! Such a snapshot is written down, and the next agent goes on with it, or says why it can't. Block devices can be held by
+//! programs in the kernel instead of being copied ([`FilterKind::Gate`]); their images are as those of served ones, but
+//! end with the agent.
 //!
 //! # Owner
 //! Each snapshot has an owner thread that keeps its state and does what it is told in the order of a queue; it
@@ -17,6 +19,7 @@ mod document;
 mod error;
 mod events;
 mod files;
+mod gated;
 mod growth;
 mod held;
 mod member;
@@ -24,11 +27,13 @@ mod own;
 mod owner;
 mod places;
 mod registry;
+mod stores;
 
 pub use error::SnapshotError;
 pub use events::{Event, EventData, Events, Waited};
 pub use files::Devices;
+pub use gated::GateKeeper;
 pub use held::{HoldOptions, HoldPlace};
-pub use member::{FilterKind, Member, MemberId};
+pub use member::{FilterKind, FilterWish, Member, MemberId};
 pub use owner::{Content, Image, Info, State, TakeOptions};
 pub use registry::{Left, Snapshots};

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::files::{Devices, FileInUse, next_key};
 use crate::cow::SnapshotKey;
 use crate::disk::BlockDevice;
-use crate::engine::cow::Fence;
-use crate::filter::served::{Served, ServedImage};
+use crate::engine::cow::{Fence, Image};
+use crate::filter::served::Served;
 use crate::storage::{Own, StorageSpec};
 use crate::units::{Extent, SECTOR_BYTES};
 
@@ -49,9 +49,9 @@ pub(super) struct Guard {
 
 impl Guard {
     /// An image needs what is stored there.
-    pub(super) fn used_by(&self, image: &ServedImage) {
-        if !self.fence.used_by(image.served().origin(), image.image().key()) {
-            self.fence.break_off(image.served().origin(), image.image().key());
+    pub(super) fn used_by(&self, image: &Image) {
+        if !self.fence.used_by(image.origin(), image.key()) {
+            self.fence.break_off(image.origin(), image.key());
         }
     }
 }

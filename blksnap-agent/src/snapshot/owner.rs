@@ -7,14 +7,17 @@ use std::time::{Duration, SystemTime};
 
 use super::events::Events;
 use super::files::{Devices, FileInUse, Files, NewFile, Watch};
-use super::held::{Held, HoldOptions, HoldPlace, kept, pool_events, pool_options};
-use super::{Member, SnapshotError, places};
+use super::gated::{self, GateHold, GateKeeper};
+use super::held::{Held, HoldOptions, HoldPlace, logical_block};
+use super::stores::{kept, pool_events, pool_options};
+use super::{FilterWish, Member, SnapshotError, places};
 use crate::cbt::{ReadMap, Taken};
 use crate::cow::SnapshotKey;
 use crate::disk::BlockDevice;
 use crate::engine::{CancelToken, FileSink, Progress};
 use crate::filter::converge::{self, Consistency, Converged, FreezeHook, Initial, Limits, Target};
-use crate::filter::served::{Served, ServedImage};
+use crate::filter::held::HeldImage;
+use crate::filter::served::Served;
 use crate::own::Helper;
 use crate::storage::{DirStorage, Pool, StorageSpec, Usage};
 use crate::tracker::{TrackedDevice, Tracker};
@@ -39,7 +42,7 @@ pub enum Content {
     /// A whole copy, from offset 0 on. Shared, and never written.
     Copy(Arc<File>),
     /// What was preserved, and the device.
-    Held(ServedImage),
+    Held(HeldImage),
 }
 
 /// A device as it was at the instant.
@@ -86,6 +89,10 @@ pub struct Info {
     pub images: Vec<Arc<Image>>,
     /// Why its images are lost, if they are.
     pub lost: Option<String>,
+    /// Which filter was wished.
+    pub wish: FilterWish,
+    /// Why its filter was chosen, if nobody named one.
+    pub chosen: Option<String>,
 }
 
 /// How a snapshot is taken.
@@ -142,6 +149,8 @@ pub(super) struct Owner {
     pub(super) tracker: Arc<Tracker>,
     pub(super) options: HoldOptions,
     pub(super) place: HoldPlace,
+    /// What makes gates; none: nothing does.
+    pub(super) keeper: Option<GateKeeper>,
     pub(super) events: Arc<Events>,
     /// Storage of held devices; made when the first is there.
     pub(super) pool: Option<Arc<Pool>>,
@@ -171,6 +180,7 @@ pub(super) struct Start {
     pub(super) options: HoldOptions,
     pub(super) place: HoldPlace,
     pub(super) tracker: Arc<Tracker>,
+    pub(super) keeper: Option<GateKeeper>,
     pub(super) events: Arc<Events>,
     pub(super) devices: Option<Arc<dyn Devices>>,
     pub(super) queue: Sender<Command>,
@@ -196,10 +206,13 @@ impl Owner {
                 devices: Vec::new(),
                 images: Vec::new(),
                 lost: None,
+                wish: start.options.filter,
+                chosen: start.options.chosen.clone(),
             },
             tracker: start.tracker,
             options: start.options,
             place: start.place,
+            keeper: start.keeper,
             events: start.events,
             pool: None,
             held: None,
@@ -324,15 +337,20 @@ impl Owner {
                 snapshot: id,
             });
         }
-        if let (Member::Served(served), None) = (&device, &self.pool) {
-            self.make_pool(&[Arc::clone(served)])?;
+        match (&device, &self.pool) {
+            (Member::Served(served), None) => self.make_pool(logical_block(&[Arc::clone(served)]))?,
+            (Member::Gated(device), None) => {
+                self.options.promise = gated::PROMISE;
+                self.make_pool(device.logical_block)?;
+            }
+            _ => {}
         }
         self.info.devices.push(device);
         Ok(self.info_now())
     }
 
-    fn make_pool(&mut self, devices: &[Arc<Served>]) -> Result<(), SnapshotError> {
-        let options = pool_options(self.options.minimum, self.options.autogrow, devices);
+    fn make_pool(&mut self, logical_block: u32) -> Result<(), SnapshotError> {
+        let options = pool_options(self.options.minimum, self.options.autogrow, logical_block);
         let pool = Arc::new(Pool::new(options, pool_events(&self.events, &self.queue)));
         for spec in &self.info.storage.clone() {
             self.give(&pool, spec).inspect_err(|_| {
@@ -420,8 +438,31 @@ impl Owner {
             }
             let served = |member: &Member| match member {
                 Member::Served(served) => Some(Arc::clone(served)),
-                Member::Tracked(_) => None,
+                Member::Tracked(_) | Member::Gated(_) => None,
             };
+            if let Some(Member::Gated(device)) = self.info.devices.first() {
+                let keeper = self.keeper.clone();
+                let shown = device.path.display();
+                return Ok(Plan::Gate(GateHold {
+                    id: self.info.id,
+                    created: self.info.created,
+                    devices: self
+                        .info
+                        .devices
+                        .iter()
+                        .filter_map(Member::tracked)
+                        .cloned()
+                        .collect(),
+                    tracker: Arc::clone(&self.tracker),
+                    keeper: keeper.ok_or_else(|| SnapshotError::NoGates(shown.to_string()))?,
+                    pool: Arc::clone(pool),
+                    options: self.options.clone(),
+                    place: self.place.clone(),
+                    events: Arc::clone(&self.events),
+                    take: take.options.clone(),
+                    cancel: take.cancel.clone(),
+                }));
+            }
             return Ok(Plan::Hold(Hold {
                 id: self.info.id,
                 created: self.info.created,
@@ -461,7 +502,7 @@ impl Owner {
     fn free_keys(&self) -> Vec<Option<SnapshotKey>> {
         let of = |member: &Member| match member {
             Member::Served(served) => self.watches.iter().find_map(|watch| watch.key_of(served)),
-            Member::Tracked(_) => None,
+            Member::Tracked(_) | Member::Gated(_) => None,
         };
         self.info.devices.iter().map(of).collect()
     }
@@ -511,6 +552,7 @@ impl Drop for Finish {
 enum Plan {
     Copy(Work),
     Hold(Hold),
+    Gate(GateHold),
 }
 
 impl Plan {
@@ -518,6 +560,10 @@ impl Plan {
         match self {
             Self::Copy(work) => work.run().map(|images| Outcome { images, held: None }),
             Self::Hold(hold) => hold.run(),
+            Self::Gate(hold) => hold.run().map(|(held, images)| Outcome {
+                images,
+                held: Some(held),
+            }),
         }
     }
 }

@@ -12,9 +12,10 @@ use uuid::Uuid;
 use super::document::Document;
 use super::events::{EventData, Events, Waited};
 use super::files::{Devices, Files};
+use super::gated::GateKeeper;
 use super::held::{Held, HoldOptions, HoldPlace, Resumed, remove};
 use super::owner::{Command, Image, Info, Owner, Start, State, Take, TakeOptions};
-use super::{Member, MemberId, SnapshotError, places};
+use super::{FilterKind, Member, MemberId, SnapshotError, places};
 use crate::engine::{CancelToken, Progress};
 use crate::filter::served::Served;
 use crate::own::Helper;
@@ -49,6 +50,7 @@ pub struct Snapshots {
     tracker: Arc<Tracker>,
     place: HoldPlace,
     devices: Option<Arc<dyn Devices>>,
+    keeper: Option<GateKeeper>,
     /// Held for look-ups only, never while waiting for an answer.
     owners: Mutex<BTreeMap<SnapshotId, Handle>>,
 }
@@ -61,6 +63,7 @@ impl Snapshots {
             tracker,
             place,
             devices: None,
+            keeper: None,
             owners: Mutex::default(),
         }
     }
@@ -69,6 +72,13 @@ impl Snapshots {
     #[must_use]
     pub fn with_devices(mut self, devices: Arc<dyn Devices>) -> Self {
         self.devices = Some(devices);
+        self
+    }
+
+    /// Devices may have gates.
+    #[must_use]
+    pub fn with_gates(mut self, keeper: GateKeeper) -> Self {
+        self.keeper = Some(keeper);
         self
     }
 
@@ -146,6 +156,7 @@ impl Snapshots {
             storage,
             options,
             place: self.place.clone(),
+            keeper: self.keeper.clone(),
             tracker: Arc::clone(&self.tracker),
             events: Arc::clone(&events),
             devices: self.devices.clone(),
@@ -221,6 +232,9 @@ impl Snapshots {
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
         owner.info.created = at(document.created);
         owner.info.taken = Some(at(document.taken));
+        if document.filter != FilterKind::Served {
+            return self.resume_none(owner, handle, commands, &document);
+        }
         let found: Vec<_> = document
             .members
             .iter()
@@ -258,6 +272,42 @@ impl Snapshots {
         }
         self.start(owner, handle, commands)?;
         self.info(id)
+    }
+
+    /// A snapshot that has ended with the agent before is there, and says so.
+    fn resume_none(
+        &self,
+        mut owner: Owner,
+        handle: Handle,
+        commands: std::sync::mpsc::Receiver<Command>,
+        document: &Document,
+    ) -> Result<Info, SnapshotError> {
+        let found = document.members.iter().filter_map(|member| {
+            let device = crate::disk::BlockDevice::open(&member.path).ok()?;
+            Some(match document.filter {
+                FilterKind::Gate => Member::Gated(device),
+                FilterKind::Converge | FilterKind::Served => Member::Tracked(device),
+            })
+        });
+        owner.info.devices = found.collect();
+        owner.info.state = State::Lost;
+        let how = if document.stopped { "was stopped" } else { "ended" };
+        let why = format!(
+            "its agent {how}, and with it the programs that held writes: a snapshot by the filter {} does not outlive its agent",
+            document.filter.label()
+        );
+        for member in &document.members {
+            owner.events.send(EventData::Corrupted {
+                device: member.path.display().to_string(),
+                major: 0,
+                minor: 0,
+                errno: nix::errno::Errno::EIO as i32,
+                reason: why.clone(),
+            });
+        }
+        owner.info.lost = Some(why);
+        self.start(owner, handle, commands)?;
+        self.info(document.id)
     }
 
     /// Adds a device to a snapshot that is not taken yet.
@@ -395,7 +445,7 @@ impl Snapshots {
     /// Whether a device can be taken at all.
     fn check(&self, member: &Member) -> Result<(), SnapshotError> {
         match member {
-            Member::Tracked(device) => self
+            Member::Tracked(device) | Member::Gated(device) => self
                 .tracker
                 .device(device.id)
                 .map(|_| ())

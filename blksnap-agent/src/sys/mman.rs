@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sys::mman::{MapFlags, MlockAllFlags, ProtFlags, mlockall, mmap, munlockall, munmap};
 
@@ -16,16 +17,38 @@ impl Locked {
     /// Locks it, and what is had later. Where that is not permitted nothing is locked.
     #[must_use]
     pub fn all() -> Self {
-        if let Err(errno) = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE) {
+        Self::with(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)
+    }
+
+    /// The same, but what was never touched is not had for that: for a long time, as it may be.
+    #[must_use]
+    pub fn touched() -> Self {
+        let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
+        Self::with(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE | on_fault)
+    }
+
+    fn with(flags: MlockAllFlags) -> Self {
+        *locks() += 1;
+        if let Err(errno) = mlockall(flags) {
             tracing::warn!(%errno, "the memory of the agent can't be locked (CAP_IPC_LOCK)");
         }
         Self(())
     }
 }
 
+/// How many hold the lock: the last one ends it for all.
+fn locks() -> MutexGuard<'static, u32> {
+    static LOCKS: Mutex<u32> = Mutex::new(0);
+    LOCKS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Drop for Locked {
     fn drop(&mut self) {
-        let _ = munlockall();
+        let mut locks = locks();
+        *locks -= 1;
+        if *locks == 0 {
+            let _ = munlockall();
+        }
     }
 }
 

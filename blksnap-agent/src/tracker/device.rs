@@ -472,6 +472,17 @@ impl TrackedDevice {
         windows.for_each(drop);
     }
 
+    /// As [`Self::refresh`], for a take that can't wait for the kernel, as a close does, and keeps writers away. The
+    /// period stays open, so what is marked in it will be in the next difference as well.
+    pub fn refresh_for_take(&self) {
+        self.refresh();
+        let mut state = self.state();
+        if self.shared.slot_state(self.slot.id).whole_device != state.seen.whole_device {
+            let last = self.block_size.blocks_in(self.device.capacity) - 1;
+            state.mark_blocks(0, last);
+        }
+    }
+
     /// A record from the ring.
     pub(super) fn apply(&self, record: &Record) {
         let mut state = self.state();

@@ -17,7 +17,7 @@ use core::ptr::{addr_of_mut, read_volatile, write_volatile};
 use aya_ebpf::bindings::BPF_RB_FORCE_WAKEUP;
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_loop};
 use blksnap_common::blockrange::{BlockRange, word_mask};
-use blksnap_common::gate::{GateState, HOLD_BUCKETS, Request, broken, hold_bucket};
+use blksnap_common::gate::{GateState, HOLD_BUCKETS, Request, armed, broken, hold_bucket};
 use blksnap_ebpf::atomic;
 
 use crate::maps::{KEPT, REQUESTS, STATE};
@@ -63,7 +63,20 @@ fn is_closed(gate: u32) -> bool {
         return false;
     };
     // SAFETY: plain loads of words of the map value.
-    unsafe { read_volatile(&raw const (*state).armed) != 0 && read_volatile(&raw const (*state).broken) == 0 }
+    unsafe {
+        read_volatile(&raw const (*state).armed) != armed::OPEN
+            && read_volatile(&raw const (*state).broken) == 0
+    }
+}
+
+/// Whether a write that comes by is one that should have waited.
+#[inline(always)]
+pub(crate) fn is_audited(gate: u32) -> bool {
+    let Some(state) = STATE.get_ptr(gate) else {
+        return true;
+    };
+    // SAFETY: a plain load of a word of the map value.
+    unsafe { read_volatile(&raw const (*state).armed) == armed::AUDITED }
 }
 
 /// Whether the units of `range` that are in `word` are kept. A word that is missing is not.

@@ -6,7 +6,7 @@ use blksnap_common::track::{DiskSlots, SLOTS_PER_DISK};
 use blksnap_ebpf::kind_of;
 
 use crate::bio::Bio;
-use crate::hold::{break_gate, hold, is_kept};
+use crate::hold::{break_gate, hold, is_audited, is_kept};
 use crate::maps::{DISKS, EPOCH, LAST, PASSED};
 
 /// Number of a copy that does not wait: the auditors.
@@ -133,7 +133,9 @@ extern "C" fn gate_write(disk: u32, index: u32, sector: u64, sectors: u64, copy:
         return 0;
     }
     if copy == AUDITOR {
-        break_gate(slot.id, broken::BYPASSED);
+        if is_audited(slot.id) {
+            break_gate(slot.id, broken::BYPASSED);
+        }
     } else {
         hold(slot.id, range, copy);
     }

@@ -1,6 +1,7 @@
 //! The gate on kernels that can hold writes: every byte of an image is compared, under load, and what can't be kept is
 //! said.
 
+mod agent;
 mod scene;
 
 use std::sync::atomic::Ordering;

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use super::super::size;
 use super::{Limits, parse_id};
 use crate::engine::cow::Promise;
+use crate::snapshot::FilterWish;
 use crate::units::SnapshotId;
 
 /// `serve`
@@ -53,7 +54,7 @@ pub struct Unserve {
 
 /// Parameters of held snapshots, of `daemon`
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Snapshots of served devices")]
+#[command(next_help_heading = "Snapshots")]
 pub struct Holding {
     /// Smallest chunk of difference storage, as log2 of its bytes
     #[arg(long, value_name = "SHIFT", default_value_t = 18)]
@@ -75,6 +76,18 @@ pub struct Holding {
     #[arg(long, value_name = "COUNT", default_value_t = 128, value_parser = clap::value_parser!(u32).range(..=4096))]
     pub free_diff_buffer_pool_size: u32,
 
+    /// How old data of devices that are not served survives, where a snapshot does not say: auto, converge or gate
+    #[arg(long, value_name = "FILTER", default_value = "converge", value_parser = parse_filter)]
+    pub filter: FilterWish,
+
+    /// Longest wait of a write that a gate holds, in milliseconds: past that, its snapshots are lost
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 500, value_parser = clap::value_parser!(u64).range(10..=15_000))]
+    pub gate_deadline: u64,
+
+    /// Real-time priority (SCHED_FIFO) of the threads that such writes wait for, 1 to 99 [default: none]
+    #[arg(long, value_name = "PRIORITY", value_parser = clap::value_parser!(u8).range(1..=99))]
+    pub gate_priority: Option<u8>,
+
     /// How much difference storage is asked for at a time
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
     pub diff_storage_minimum: u64,
@@ -89,6 +102,15 @@ fn parse_promise(text: &str) -> Result<Promise, String> {
     }
 }
 
+fn parse_filter(text: &str) -> Result<FilterWish, String> {
+    match text {
+        "auto" => Ok(FilterWish::Auto),
+        "converge" => Ok(FilterWish::Converge),
+        "gate" => Ok(FilterWish::Gate),
+        _ => Err("give auto, converge or gate".to_owned()),
+    }
+}
+
 /// `snapshot`
 #[derive(Debug, Subcommand)]
 pub enum Snapshot {
@@ -99,9 +121,12 @@ pub enum Snapshot {
 
   blksnap-agent snapshot create vm.img --storage /var/snap,limit=20G --storage /dev/sdd
   blksnap-agent snapshot create vm.img --promise power-cut
+  blksnap-agent snapshot create /dev/sdb1 --filter gate --storage /var/snap
 
 A device that is not tracked yet is attached. Of a device that is served (`blksnap-agent serve`) old data is kept
-from the instant on; other devices are copied.
+from the instant on. Other devices are copied (converge), or programs in the kernel hold their writes (gate): then
+there is no copy to wait for, and the snapshot ends with the agent; difference storage must be on another device.
+With auto it is a gate where that is possible; `blksnap-agent doctor` tells.
 
 Difference storage, used in the order given:
   DIR[,limit=SIZE]             a file that grows, up to the limit or as far as there is space
@@ -118,6 +143,9 @@ Difference storage, used in the order given:
         /// What a snapshot of served devices survives [default: agent-crash]
         #[arg(long, value_name = "WHAT", value_parser = parse_promise)]
         promise: Option<Promise>,
+        /// How old data of devices that are not served survives: auto, converge or gate [default: the daemon's]
+        #[arg(long, value_name = "FILTER", value_parser = parse_filter)]
+        filter: Option<FilterWish>,
         /// How much difference storage is asked for at a time [default: 1G]
         #[arg(long, value_name = "SIZE", value_parser = size::parse)]
         minimum: Option<u64>,

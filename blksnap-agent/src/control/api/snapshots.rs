@@ -4,6 +4,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::Base;
 use crate::engine::cow::Promise;
+use crate::snapshot::FilterWish;
 use crate::storage::Usage;
 use crate::units::{DeviceId, SnapshotId};
 
@@ -24,6 +25,9 @@ pub struct CreateSnapshot {
     /// What a snapshot of served devices survives: `agent_crash` when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub promise: Option<Promise>,
+    /// How old data of devices that are not served survives: the daemon's `--filter` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<FilterWish>,
     /// `diff_storage_minimum` in bytes: how much storage is asked for at a time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub minimum: Option<u64>,
@@ -92,8 +96,11 @@ pub struct Snapshot {
     pub created: u64,
     /// The point in time of its images, in seconds since 1970; none before the take.
     pub taken: Option<u64>,
-    /// How old data survives: `converge` or `served`; none before the first device.
+    /// How old data survives: `converge`, `gate` or `served`; none before the first device.
     pub filter: Option<String>,
+    /// Why that filter was chosen, where it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter_reason: Option<String>,
     /// The difference storage.
     pub storage: Vec<String>,
     /// Bytes that it occupies there.

@@ -6,6 +6,7 @@
 mod backups;
 mod claims;
 mod devices;
+mod filters;
 mod marks;
 mod metrics;
 mod nbd;
@@ -22,6 +23,7 @@ use blksnap_common::track::ABI_VERSION;
 
 use self::claims::{Claim, Claimed, Claims, Purpose};
 use self::devices::cbt_facts;
+use self::filters::GateCheck;
 use self::metrics::Takes;
 use self::nbd::NbdView;
 use self::seals::Recorded;
@@ -37,10 +39,11 @@ use crate::control::server::{MapPieces, Service};
 use crate::control::stream::Reporter;
 use crate::cow::ChunkParams;
 use crate::disk::BlockDevice;
+use crate::filter::gate::Gates;
 use crate::nbd::registry::Exports;
 use crate::nbd::server::Server;
 use crate::seal::{Seals, shutdown};
-use crate::snapshot::{HoldOptions, HoldPlace, Snapshots};
+use crate::snapshot::{GateKeeper, HoldOptions, HoldPlace, Snapshots};
 use crate::tracker::{Granularity, TrackedDevice, Tracker};
 use crate::units::SnapshotId;
 
@@ -54,6 +57,8 @@ pub struct Agent {
     snapshots: Snapshots,
     hold_options: HoldOptions,
     chunks: ChunkParams,
+    keeper: GateKeeper,
+    gate_check: GateCheck,
     served: Arc<ServedList>,
     ublk: Arc<UblkList>,
     storage: PathBuf,
@@ -90,8 +95,16 @@ impl Agent {
             served: Arc::clone(&served),
             ublk: Arc::clone(&ublk),
         });
+        let keeper = GateKeeper {
+            gates: Arc::new(Gates::new(config.gate.clone())),
+            chunks: config.chunks,
+        };
         Self {
-            snapshots: Snapshots::new(Arc::clone(&tracker), place).with_devices(devices),
+            snapshots: Snapshots::new(Arc::clone(&tracker), place)
+                .with_devices(devices)
+                .with_gates(keeper.clone()),
+            keeper,
+            gate_check: GateCheck::default(),
             hold_options: config.holding.clone(),
             chunks: config.chunks,
             served,

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::super::errors::Tell as _;
+use super::filters::Chosen;
 use super::{Agent, Ensured, Purpose};
 use crate::control::api;
 use crate::control::client::encode;
 use crate::control::error::{ApiError, Code};
 use crate::control::stream::{OnCancel, Reporter};
+use crate::engine::cow::Promise;
 use crate::engine::{CancelToken, Phase, Progress};
 use crate::filter::converge::{Consistency, Hook, Limits};
 use crate::nbd::cow::HeldExport;
@@ -19,7 +21,8 @@ use crate::nbd::file::FileExport;
 use crate::nbd::registry::RegistryError;
 use crate::own::{Helper, Looked, On};
 use crate::snapshot::{
-    Content, Event, EventData, HoldOptions, Image, Info, Member, SnapshotError, State, TakeOptions, Waited,
+    Content, Event, EventData, FilterKind, FilterWish, HoldOptions, Image, Info, Member, SnapshotError,
+    State, TakeOptions, Waited,
 };
 use crate::storage::{DirStorage, Own, SpecError, StorageSpec, stored_bytes};
 use crate::units::SnapshotId;
@@ -52,7 +55,23 @@ impl Agent {
     /// A new snapshot, and its devices, which are detached again unless they are kept.
     fn create(&self, request: &api::CreateSnapshot) -> Result<(Info, Vec<Ensured<'_>>), ApiError> {
         let storage = self.storage(&request.storage)?;
+        let action = "snapshot";
+        let wish = request.filter.unwrap_or(self.hold_options.filter);
+        let chosen = self.chosen(wish, &request.devices, action)?;
+        if let (FilterKind::Gate, Some(promise)) = (chosen.kind, request.promise)
+            && promise != Promise::Nothing
+        {
+            return Err(ApiError::new(
+                Code::InvalidRequest,
+                format!(
+                    "{action}: writes that a gate holds are let go when the agent ends, so that it can't survive that"
+                ),
+                "leave the promise out, or choose another filter",
+            ));
+        }
         let options = HoldOptions {
+            filter: wish,
+            chosen: chosen.why,
             promise: request.promise.unwrap_or_default(),
             minimum: request.minimum.unwrap_or(self.hold_options.minimum),
             autogrow: !request.no_autogrow,
@@ -61,7 +80,7 @@ impl Agent {
         let mut ensured = Vec::new();
         let mut members = Vec::new();
         for path in &request.devices {
-            let (member, guard) = self.member(path, "snapshot")?;
+            let (member, guard) = self.member(path, chosen.kind, action)?;
             members.push(member);
             ensured.extend(guard);
         }
@@ -74,13 +93,39 @@ impl Agent {
         Ok((info, ensured))
     }
 
+    /// The filter of devices, those that are served apart.
+    fn chosen(&self, wish: FilterWish, paths: &[String], action: &str) -> Result<Chosen, ApiError> {
+        let others = paths.iter().filter(|path| self.served.find(path).is_none());
+        let devices = others
+            .map(|path| Self::open(path, action))
+            .collect::<Result<Vec<_>, _>>()?;
+        if devices.is_empty() {
+            // Nothing to choose for, or not yet.
+            return Ok(Chosen {
+                kind: FilterKind::Converge,
+                why: None,
+            });
+        }
+        self.choose(wish, &devices, action)
+    }
+
     /// A device of a snapshot: one that is served, or one that is tracked from now on.
-    fn member(&self, path: &str, action: &str) -> Result<(Member, Option<Ensured<'_>>), ApiError> {
+    fn member(
+        &self,
+        path: &str,
+        kind: FilterKind,
+        action: &str,
+    ) -> Result<(Member, Option<Ensured<'_>>), ApiError> {
         if let Some(served) = self.served.find(path) {
             return Ok((Member::Served(served), None));
         }
         let ensured = self.ensure_tracked(path, Purpose::Take, action)?;
-        Ok((Member::Tracked(ensured.device.device().clone()), Some(ensured)))
+        let device = ensured.device.device().clone();
+        let member = match kind {
+            FilterKind::Gate => Member::Gated(device),
+            FilterKind::Converge | FilterKind::Served => Member::Tracked(device),
+        };
+        Ok((member, Some(ensured)))
     }
 
     fn storage(&self, given: &[String]) -> Result<Vec<StorageSpec>, ApiError> {
@@ -197,8 +242,15 @@ impl Agent {
     ) -> Result<api::Snapshot, ApiError> {
         let action = format!("add {}", request.device);
         // Nothing is attached for a snapshot that is not there.
-        self.snapshots.info(id).map_err(|error| error.tell(&action))?;
-        let (member, ensured) = self.member(&request.device, "add")?;
+        let info = self.snapshots.info(id).map_err(|error| error.tell(&action))?;
+        let kind = match info.devices.first() {
+            Some(first) => first.filter(),
+            None => {
+                self.chosen(info.wish, std::slice::from_ref(&request.device), "add")?
+                    .kind
+            }
+        };
+        let (member, ensured) = self.member(&request.device, kind, "add")?;
         let info = self
             .snapshots
             .add(id, member)
@@ -339,7 +391,11 @@ impl Agent {
             .find(|image| image.error_code != 0);
         let reason = info.lost.clone().or_else(|| {
             let error = std::io::Error::from_raw_os_error(broken?.error_code);
-            Some(format!("old data could not be kept: {error}"))
+            let told = info.images.iter().find_map(|image| match &image.content {
+                Content::Held(held) => held.image().store().failure().map(str::to_owned),
+                Content::Copy(_) => None,
+            });
+            told.or_else(|| Some(format!("old data could not be kept: {error}")))
         });
         api::Snapshot {
             id: info.id,
@@ -355,6 +411,7 @@ impl Agent {
                 .devices
                 .first()
                 .map(|device| device.filter().label().to_owned()),
+            filter_reason: info.chosen.clone(),
             storage: places(info),
             storage_bytes: match &info.usage {
                 Some(usage) => usage.used,

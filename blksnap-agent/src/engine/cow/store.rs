@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::commit::Commit;
 use super::journal::{Entry, Journal};
@@ -110,7 +110,8 @@ pub struct Store {
     pub(super) free: Option<SnapshotKey>,
     commit: Commit,
     broken: Arc<dyn Broken>,
-    told: AtomicBool,
+    /// Why it is broken, when that was told.
+    failure: OnceLock<String>,
     preserved: AtomicU64,
 }
 
@@ -138,7 +139,7 @@ impl Store {
             staging: Staging::new(options.queue, options.buffers),
             commit: Commit::default(),
             broken: options.broken,
-            told: AtomicBool::new(false),
+            failure: OnceLock::new(),
             preserved: AtomicU64::new(0),
         }
     }
@@ -153,6 +154,12 @@ impl Store {
     #[must_use]
     pub fn preserved(&self) -> u64 {
         self.preserved.load(Ordering::Relaxed)
+    }
+
+    /// Why the snapshot is broken, if it is; of one that an agent before has broken nobody knows.
+    #[must_use]
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
     }
 
     /// Buffers in memory that wait to be stored.
@@ -191,7 +198,7 @@ impl Store {
 
     /// The snapshot is broken: says so, once, also to who comes after this agent.
     pub(super) fn fail(&self, errno: i32, what: &str) {
-        if self.told.swap(true, Ordering::SeqCst) {
+        if self.failure.set(what.to_owned()).is_err() {
             return;
         }
         if let Some(journal) = &self.journal

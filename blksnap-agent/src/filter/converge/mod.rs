@@ -60,7 +60,7 @@ mod hook;
 mod party;
 mod rounds;
 mod tracked;
-mod turn;
+pub(super) mod turn;
 mod window;
 
 use std::path::PathBuf;

@@ -7,22 +7,21 @@
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use super::ConvergeError;
 use super::rounds::POLL;
 
 static TURN: Mutex<()> = Mutex::new(());
 
 /// The right to freeze, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Turn {
+pub(in crate::filter) struct Turn {
     _guard: MutexGuard<'static, ()>,
     /// How long it was waited for.
-    pub(super) waited: Duration,
+    pub(in crate::filter) waited: Duration,
 }
 
 impl Turn {
     /// Waits for the turn; `check` may end that.
-    pub(super) fn wait(check: impl Fn() -> Result<(), ConvergeError>) -> Result<Self, ConvergeError> {
+    pub(in crate::filter) fn wait<E>(check: impl Fn() -> Result<(), E>) -> Result<Self, E> {
         let began = Instant::now();
         let guard = loop {
             match TURN.try_lock() {
@@ -46,6 +45,7 @@ impl Turn {
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
+    use super::super::ConvergeError;
     use super::*;
 
     #[test]
@@ -54,14 +54,14 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
-                    let _turn = Turn::wait(|| Ok(())).unwrap();
+                    let _turn = Turn::wait(|| Ok::<_, ConvergeError>(())).unwrap();
                     assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
                     std::thread::yield_now();
                     inside.fetch_sub(1, Ordering::SeqCst);
                 });
             }
         });
-        let turn = Turn::wait(|| Ok(())).unwrap();
+        let turn = Turn::wait(|| Ok::<_, ConvergeError>(())).unwrap();
         let refused = std::thread::spawn(|| Turn::wait(|| Err(ConvergeError::Cancelled)).is_err());
         assert!(refused.join().unwrap());
         drop(turn);

@@ -69,6 +69,14 @@ pub enum GateError {
         /// The device.
         device: PathBuf,
     },
+    /// A write came by at the instant.
+    #[error("can't take {device}: {reason}, at the very instant; try again when it is less busy", device = device.display())]
+    Broken {
+        /// The device.
+        device: PathBuf,
+        /// What happened.
+        reason: String,
+    },
     /// A thread can't be started, or not with its priority.
     #[error("can't {0}: {1}")]
     Thread(&'static str, io::Error),

@@ -27,13 +27,15 @@
 //! writes back the cached pages of the node that it goes through, and that write could wait here for the read.
 
 mod error;
+mod image;
 mod object;
 mod serve;
 mod source;
 mod technique;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use blksnap_common::gate::{COPIES, GateState};
@@ -43,8 +45,10 @@ use crate::cow::{ChunkParams, SnapshotKey};
 use crate::disk::BlockDevice;
 use crate::engine::cow::{Image, Origin, Store};
 use crate::tracker::KernelBtf;
+use crate::units::DeviceId;
 
 pub use error::GateError;
+pub use image::GateImage;
 pub use source::{Reading, Source};
 pub use technique::{Availability, Preemption};
 
@@ -84,11 +88,43 @@ impl Default for GateOptions {
     }
 }
 
+impl GateOptions {
+    /// The defaults, with this deadline, and a silence that ends before it.
+    #[must_use]
+    pub fn with_deadline(deadline: Duration) -> Self {
+        Self {
+            deadline,
+            silence: deadline * 4 / 5,
+            ..Self::default()
+        }
+    }
+}
+
 /// All gates of the agent. Programs are attached while there is one.
 #[derive(Debug)]
 pub struct Gates {
     options: GateOptions,
-    server: Mutex<Weak<Server>>,
+    table: Arc<Table>,
+}
+
+/// The gates that stand, one before a device.
+#[derive(Debug, Default)]
+struct Table {
+    standing: Mutex<Standing>,
+    /// A gate was taken away.
+    gone: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Standing {
+    server: Weak<Server>,
+    gates: BTreeMap<DeviceId, Weak<Gate>>,
+}
+
+impl Table {
+    fn lock(&self) -> MutexGuard<'_, Standing> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A member of a take.
@@ -106,31 +142,61 @@ impl Gates {
     pub fn new(options: GateOptions) -> Self {
         Self {
             options,
-            server: Mutex::new(Weak::new()),
+            table: Arc::default(),
         }
     }
 
-    /// A gate before `device`, open until a snapshot is taken.
+    /// How they work.
+    #[must_use]
+    pub const fn options(&self) -> &GateOptions {
+        &self.options
+    }
+
+    /// The gates that stand.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Gate>> {
+        self.table
+            .lock()
+            .gates
+            .values()
+            .filter_map(Weak::upgrade)
+            .collect()
+    }
+
+    /// The gate before `device`, open until a snapshot is taken. Those who ask for the same device share one.
     ///
     /// # Errors
     /// The kernel refuses the programs, there are too many gates, or the device can't be read past its page cache.
     pub fn gate(&self, device: &BlockDevice, params: &ChunkParams) -> Result<Arc<Gate>, GateError> {
-        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
-        let running = match server.upgrade() {
+        let mut standing = self.table.lock();
+        while let Some(known) = standing.gates.get(&device.id) {
+            if let Some(gate) = known.upgrade() {
+                return Ok(gate);
+            }
+            // Its last user has let it go, and it is being taken away.
+            standing = self
+                .table
+                .gone
+                .wait(standing)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        let running = match standing.server.upgrade() {
             Some(running) => running,
             None => {
                 let started = Server::start(Object::load(&self.options)?, &self.options)?;
-                *server = Arc::downgrade(&started);
+                standing.server = Arc::downgrade(&started);
                 started
             }
         };
-        drop(server);
         let gated = running.open(device, params)?;
-        Ok(Arc::new(Gate {
+        let gate = Arc::new(Gate {
             device: device.clone(),
             gated,
-            server: running,
-        }))
+            server: Some(running),
+            table: Arc::clone(&self.table),
+        });
+        standing.gates.insert(device.id, Arc::downgrade(&gate));
+        Ok(gate)
     }
 
     /// Takes all devices at one instant, and gives their images in the same order. The caller has frozen their file
@@ -151,13 +217,16 @@ impl Gates {
         {
             let paused: Vec<_> = order.iter().map(|member| member.gate.origin().pause()).collect();
             for member in &order {
-                member.gate.server.arm(&member.gate.gated);
+                member.gate.server().arm(&member.gate.gated);
             }
             for member in &order {
                 if let Err(error) = member.gate.settle() {
                     failure = Some(error);
                     break;
                 }
+            }
+            for member in order.iter().filter(|_| failure.is_none()) {
+                member.gate.server().begin_audit(&member.gate.gated);
             }
             if failure.is_none() {
                 failure = close().err();
@@ -177,13 +246,21 @@ impl Gates {
                 }
             }
         }
+        // A write that no program saw came between: nobody has been told of the snapshot yet.
+        let broken = order.iter().find(|member| member.gate.state().broken != 0);
+        if let (None, Some(member)) = (&failure, broken) {
+            failure = Some(GateError::Broken {
+                device: member.gate.device.path.clone(),
+                reason: serve::reasons_of(member.gate.state().broken),
+            });
+        }
         if let Some(error) = failure {
             for (member, (_, image)) in order.iter().zip(&taken) {
                 member.gate.origin().release(image.key());
             }
             order
                 .iter()
-                .for_each(|member| member.gate.server.open_if_unused(&member.gate.gated));
+                .for_each(|member| member.gate.server().open_if_unused(&member.gate.gated));
             return Err(error);
         }
         let image_of = |member: &Member| {
@@ -202,10 +279,16 @@ impl Gates {
 pub struct Gate {
     device: BlockDevice,
     gated: Arc<Gated>,
-    server: Arc<Server>,
+    /// There until it is dropped.
+    server: Option<Arc<Server>>,
+    table: Arc<Table>,
 }
 
 impl Gate {
+    fn server(&self) -> &Server {
+        self.server.as_deref().expect("a gate has it until it is dropped")
+    }
+
     /// The device.
     #[must_use]
     pub const fn device(&self) -> &BlockDevice {
@@ -227,7 +310,7 @@ impl Gate {
     /// What was counted since it was made, and whether it is broken.
     #[must_use]
     pub fn state(&self) -> GateState {
-        self.server.state(&self.gated.slot)
+        self.server().state(&self.gated.slot)
     }
 
     /// Writes that found everything kept.
@@ -235,7 +318,7 @@ impl Gate {
     /// # Errors
     /// The counters can't be read.
     pub fn passed(&self) -> Result<u64, GateError> {
-        self.server.passed(self.gated.slot.id)
+        self.server().passed(self.gated.slot.id)
     }
 
     /// Which sectors of the disk it stands before.
@@ -247,12 +330,12 @@ impl Gate {
     /// Ends a snapshot. With the last one of the device writes pass at once.
     pub fn release(&self, snapshot: SnapshotKey) {
         self.gated.origin.release(snapshot);
-        self.server.open_if_unused(&self.gated);
+        self.server().open_if_unused(&self.gated);
     }
 
     /// Waits until the driver has no write that passed before the gate was armed, and nothing is being preserved.
     fn settle(&self) -> Result<(), GateError> {
-        let most = (self.server.options().deadline / 2).max(SETTLE);
+        let most = (self.server().options().deadline / 2).max(SETTLE);
         let until = std::time::Instant::now() + most;
         let mut idle = 0;
         loop {
@@ -280,6 +363,15 @@ impl Gate {
 
 impl Drop for Gate {
     fn drop(&mut self) {
-        self.server.close(&self.gated);
+        let server = self.server.take();
+        let mut standing = self.table.lock();
+        if let Some(server) = server {
+            server.close(&self.gated);
+            // The last one detaches everything, before anybody attaches anew.
+            drop(server);
+        }
+        standing.gates.remove(&self.device.id);
+        drop(standing);
+        self.table.gone.notify_all();
     }
 }

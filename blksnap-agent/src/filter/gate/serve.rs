@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 
 use aya::maps::{MapData, RingBuf};
 use blksnap_common::blockrange::{BlockRange, word_mask};
-use blksnap_common::gate::{GateState, REQUEST_BYTES, Request, broken};
+use blksnap_common::gate::{GateState, REQUEST_BYTES, Request, armed, broken};
 use blksnap_common::track::Slot;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -23,7 +23,7 @@ use super::{GateError, GateOptions};
 use crate::cow::{ChunkLayout, ChunkParams};
 use crate::disk::{BlockDevice, Disk as _};
 use crate::engine::cow::Origin;
-use crate::sys::mman::SharedWords;
+use crate::sys::mman::{Locked, SharedWords};
 use crate::sys::sched;
 use crate::tracker::{disk_kind, new_words};
 use crate::units::SECTOR_BYTES;
@@ -143,11 +143,17 @@ impl Shared {
             word(Word::Beat).store(now, Ordering::Release);
             let reasons = word(Word::Broken).load(Ordering::Acquire);
             if reasons != 0 && !gated.told.swap(true, Ordering::AcqRel) {
-                let what = format!("writes are no longer held: {}", reasons_of(reasons));
-                gated.origin.break_all(Errno::EIO as i32, &what);
+                gated
+                    .origin
+                    .break_all(Errno::EIO as i32, &no_longer_held(reasons));
             }
         }
     }
+}
+
+/// What is told of a broken gate.
+fn no_longer_held(reasons: u64) -> String {
+    format!("writes are no longer held: {}", reasons_of(reasons))
 }
 
 /// Why a gate is broken, in words.
@@ -178,6 +184,8 @@ pub(super) struct Server {
     object: Mutex<Object>,
     epoch: SharedWords,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Memory that has to be fetched again may be on the very device whose writers wait.
+    _locked: Locked,
 }
 
 impl Server {
@@ -202,6 +210,7 @@ impl Server {
             object: Mutex::new(object),
             epoch,
             threads: Mutex::default(),
+            _locked: Locked::touched(),
         });
         let watched = Arc::clone(&shared);
         server.spawn("blksnap-gate", move || watch(&watched, requests))?;
@@ -218,6 +227,8 @@ impl Server {
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
+                // What it has to wait for must not wait for it.
+                sched::flush_for_others();
                 let ready = priority.map_or(Ok(()), sched::real_time);
                 let failed = ready.is_err();
                 let _ = tell.send(ready);
@@ -328,12 +339,29 @@ impl Server {
             word.store(0, Ordering::SeqCst);
         }
         let word = |word| self.shared.states.word(gated.slot.id, word);
-        if gated.origin.counters().snapshots == 0 {
+        let reasons = word(Word::Broken).load(Ordering::SeqCst);
+        if reasons != 0 {
+            // Those that lost what they needed say so before the gate is whole again.
+            gated
+                .origin
+                .break_all(Errno::EIO as i32, &no_longer_held(reasons));
             gated.told.store(false, Ordering::SeqCst);
             word(Word::Broken).store(0, Ordering::SeqCst);
+            word(Word::Armed).store(armed::HOLDS, Ordering::SeqCst);
         }
         word(Word::Beat).store(sched::monotonic(), Ordering::SeqCst);
-        word(Word::Armed).store(1, Ordering::SeqCst);
+        // With a snapshot held already, what comes by may be what that one needs.
+        let armed = match word(Word::Armed).load(Ordering::SeqCst) {
+            armed::OPEN => armed::HOLDS,
+            now => now,
+        };
+        word(Word::Armed).store(armed, Ordering::SeqCst);
+    }
+
+    /// From here on a write that comes by breaks the gate: those of before have passed.
+    pub(super) fn begin_audit(&self, gated: &Gated) {
+        let word = self.shared.states.word(gated.slot.id, Word::Armed);
+        word.store(armed::AUDITED, Ordering::SeqCst);
     }
 
     /// Lets writes pass if no snapshot needs the gate.
@@ -343,7 +371,7 @@ impl Server {
             self.shared
                 .states
                 .word(gated.slot.id, Word::Armed)
-                .store(0, Ordering::SeqCst);
+                .store(armed::OPEN, Ordering::SeqCst);
         }
     }
 
@@ -352,10 +380,11 @@ impl Server {
         self.shared
             .states
             .word(gated.slot.id, Word::Armed)
-            .store(0, Ordering::SeqCst);
+            .store(armed::OPEN, Ordering::SeqCst);
         gated
             .origin
             .break_all(Errno::ENODEV as i32, "its gate was taken away");
+        gated.source.close();
         let mut object = self.object();
         if let Err(error) = object.remove(gated.disk, gated.slot.id) {
             tracing::warn!(%error, "a gate that is open stays in the table");

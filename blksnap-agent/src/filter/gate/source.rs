@@ -16,8 +16,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use nix::errno::Errno;
 
@@ -112,7 +112,8 @@ fn alias_name(disk: &str) -> String {
 /// An origin, to be read.
 pub struct Source {
     name: String,
-    file: File,
+    /// None when the gate is gone: who still has an image must not keep the alias.
+    way: RwLock<Option<Way>>,
     reading: Reading,
     /// First byte of the device in the file.
     start: u64,
@@ -122,7 +123,12 @@ pub struct Source {
     direct: bool,
     gate: u32,
     states: Arc<States>,
-    /// Closed before it goes.
+}
+
+/// An open way to the bytes, in the order in which it is given up.
+#[derive(Debug)]
+struct Way {
+    file: File,
     _alias: Option<Alias>,
 }
 
@@ -145,7 +151,7 @@ impl Source {
         let (reading, file, start, direct, alias) = Self::way(device).map_err(failed)?;
         Ok(Self {
             name: device.path.display().to_string(),
-            file,
+            way: RwLock::new(Some(Way { file, _alias: alias })),
             reading,
             start,
             size: device.capacity.bytes(),
@@ -154,7 +160,6 @@ impl Source {
             direct,
             gate,
             states,
-            _alias: alias,
         })
     }
 
@@ -189,9 +194,18 @@ impl Source {
         &self.reading
     }
 
+    /// Gives the way up. Reads fail from now on.
+    pub(super) fn close(&self) {
+        *self.way.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let way = self.way.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(Way { file, .. }) = &*way else {
+            return Err(Errno::ENODEV.into());
+        };
         if !self.direct {
-            return self.file.read_exact_at(buffer, self.start + offset);
+            return file.read_exact_at(buffer, self.start + offset);
         }
         let block = u64::from(self.logical_block);
         let first = offset - offset % block;
@@ -202,7 +216,7 @@ impl Source {
         let length = usize::try_from(end - first).map_err(io::Error::other)?;
         let mut bounce = AlignedBuffer::zeroed(length);
         let aligned = &mut bounce.as_mut_slice()[..length];
-        self.file.read_exact_at(aligned, self.start + first)?;
+        file.read_exact_at(aligned, self.start + first)?;
         buffer.copy_from_slice(&aligned[skipped..][..buffer.len()]);
         Ok(())
     }

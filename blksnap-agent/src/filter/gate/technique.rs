@@ -57,6 +57,17 @@ impl Preemption {
     }
 }
 
+impl std::fmt::Display for Preemption {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Voluntary(mode) => mode,
+            Self::Lazy => "lazy",
+            Self::Full => "full",
+            Self::Unknown => "not known",
+        })
+    }
+}
+
 /// Whether the gate works here.
 #[derive(Debug)]
 pub struct Availability {
@@ -74,6 +85,17 @@ impl Availability {
             preemption: Preemption::now(),
             programs: Object::check(options),
         }
+    }
+
+    /// Whether the kernel takes the programs.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(options: &GateOptions) -> Result<(), GateError> {
+        Object::check(&GateOptions {
+            copies: 1,
+            ..options.clone()
+        })
     }
 
     /// What keeps it from working, with the remedy.

@@ -1,0 +1,79 @@
+//! Filters: which one the devices of a snapshot get.
+
+use std::sync::OnceLock;
+
+use super::Agent;
+use crate::control::error::{ApiError, Code};
+use crate::disk::BlockDevice;
+use crate::filter::gate::{Availability, GateOptions, Preemption};
+use crate::snapshot::{FilterKind, FilterWish};
+
+/// A filter, and why it was chosen if nobody named it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Chosen {
+    pub(super) kind: FilterKind,
+    pub(super) why: Option<String>,
+}
+
+impl Chosen {
+    const fn named(kind: FilterKind) -> Self {
+        Self { kind, why: None }
+    }
+}
+
+/// Whether the kernel takes the gate's programs. What it has taken once it takes again.
+#[derive(Debug, Default)]
+pub(super) struct GateCheck(OnceLock<()>);
+
+impl GateCheck {
+    /// What keeps gates from working here; the remedy is behind the semicolon.
+    fn lacks(&self, options: &GateOptions) -> Option<String> {
+        let programs = match self.0.get() {
+            Some(()) => Ok(()),
+            None => Availability::check(options),
+        };
+        if programs.is_ok() {
+            let _ = self.0.set(());
+        }
+        let preemption = Preemption::now();
+        Availability { preemption, programs }.lacks()
+    }
+}
+
+impl Agent {
+    /// The filter for all `devices`, none of which is served.
+    pub(super) fn choose(
+        &self,
+        wish: FilterWish,
+        devices: &[BlockDevice],
+        action: &str,
+    ) -> Result<Chosen, ApiError> {
+        let lacks = || self.gate_check.lacks(self.keeper.gates.options());
+        match wish {
+            FilterWish::Converge => Ok(Chosen::named(FilterKind::Converge)),
+            FilterWish::Gate => match lacks() {
+                None => Ok(Chosen::named(FilterKind::Gate)),
+                Some(what) => {
+                    let (found, remedy) = what.split_once("; ").unwrap_or((&what, "choose another filter"));
+                    let message = format!("{action}: writes can't be held by a gate: {found}");
+                    Err(ApiError::new(Code::Unsupported, message, remedy))
+                }
+            },
+            FilterWish::Auto => {
+                let mapped = devices.iter().find(|device| device.disk_name.starts_with("dm-"));
+                let (kind, why) = match (mapped, lacks()) {
+                    (Some(device), _) => (
+                        FilterKind::Converge,
+                        format!("{} is of device-mapper", device.path.display()),
+                    ),
+                    (None, Some(what)) => (FilterKind::Converge, format!("no gate: {what}")),
+                    (None, None) => (
+                        FilterKind::Gate,
+                        format!("this kernel can hold writes, preemption is {}", Preemption::now()),
+                    ),
+                };
+                Ok(Chosen { kind, why: Some(why) })
+            }
+        }
+    }
+}
