@@ -33,6 +33,7 @@ pub mod export;
 pub mod file;
 pub mod kernel;
 pub mod limits;
+pub mod mapped;
 mod pipes;
 pub mod proto;
 mod readahead;

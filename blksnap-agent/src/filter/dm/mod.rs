@@ -28,17 +28,17 @@
 //! | storage | `blksnap-ID-M.m-cow` | |
 //! | image | `blksnap-ID-M.m` | |
 //!
-//! # A take, in order ([`Dm::take`])
+//! # A take, in order ([`Dm::prepare`], [`Prepared::arm`])
 //! 1. The journal gets an entry ([`journal`]), and files for old data are made.
 //! 2. For each origin: real with T, resumed; storage, resumed; image with its table loaded and not active; `snapshot-origin`
 //!    loaded into the origin and not active. Nobody notices: the two devices with T have the same bytes, and nothing is
 //!    written through the real one.
-//! 3. The memory of the agent is locked, and a watchdog process gets ready ([`crate::disk::watchdog`]).
-//! 4. File systems are frozen, unless the caller did that.
+//! 3. A watchdog process gets ready ([`crate::disk::watchdog`]). From here on nothing is written.
+//! 4. The caller freezes file systems. The memory of the agent is locked.
 //! 5. All origins are suspended: what was under way is done, what comes waits. **This is the instant.** The caller closes
 //!    the periods of the change maps.
 //! 6. The images are resumed, then the origins: these have the new table now. An image is active before its origin goes on.
-//! 7. File systems are thawed. The entry is written again, as taken.
+//! 7. The caller thaws. The entry is written again, as taken ([`Prepared::finish`]).
 //!
 //! # What a crash leaves
 //! The kernel's devices tell how far it came, so there is one way to undo everything ([`plan::settle`]): images that are
@@ -60,6 +60,7 @@
 //! One lock for all takes and releases. What is asked for images ([`Dm::check`], [`Dm::usage`]) waits for no take.
 
 mod error;
+mod image;
 pub mod journal;
 mod mapper;
 #[cfg(test)]
@@ -72,8 +73,9 @@ mod take;
 mod watch;
 
 pub use error::DmError;
+pub use image::{MappedError, MappedImage};
 pub use mapper::Mapper;
 pub use recover::{Lost, Recovered};
 pub use storage::Place;
-pub use take::{Dm, DmImage, DmOptions, Instants, Origin, Taken, availability};
+pub use take::{Dm, DmImage, DmOptions, Instants, Origin, Prepared, Taken, availability};
 pub use watch::{Condition, Usage};

@@ -69,7 +69,7 @@ pub struct Origin {
 
 /// What is done around the instant. Nothing in it may write to an origin, or wait for somebody who does.
 pub trait Instants {
-    /// All is prepared, nothing is suspended: file systems are frozen here.
+    /// All is prepared, nothing is suspended: file systems are frozen here, so nothing may be written from here on.
     ///
     /// # Errors
     /// Nothing is taken.
@@ -286,8 +286,22 @@ impl Dm {
         origins: &[Origin],
         instants: &mut dyn Instants,
     ) -> Result<Taken, DmError> {
+        let mut prepared = self.prepare(snapshot, origins)?;
+        let armed = instants.before().and_then(|()| prepared.arm(|| instants.at()));
+        // Whatever happened: first of all the file systems go on.
+        let after = instants.after();
+        armed?;
+        after?;
+        prepared.finish()
+    }
+
+    /// Makes everything that a take needs, while nobody notices: from here on nothing is written to a file system until
+    /// [`Prepared::finish`].
+    ///
+    /// # Errors
+    /// One of the origins can't be taken, or something failed: all is as it was.
+    pub fn prepare(&self, snapshot: SnapshotId, origins: &[Origin]) -> Result<Prepared<'_>, DmError> {
         let mut inner = self.lock();
-        let mut wanted = Vec::with_capacity(origins.len());
         let mut entry = Entry {
             snapshot,
             boot: boot_id().map_err(|source| DmError::Io {
@@ -298,47 +312,55 @@ impl Dm {
             taken: false,
             origins: Vec::new(),
         };
+        let mut wanted = Vec::with_capacity(origins.len());
         let mut beneath = BTreeSet::new();
         for origin in origins {
             let (table, view) = check(&mut inner.mapper, &origin.device)?;
-            beneath.extend(self.check_place(&inner, &view, origin, origins)?);
-            let node = Node::Image(snapshot, origin.device.id);
+            beneath.extend(Self::check_place(&inner, &view, origin, origins)?);
+            let id = origin.device.id;
             let files = match &origin.place {
-                Place::Directory(directory) => vec![directory.join(format!("{}.diff", node.name()))],
+                Place::Directory(directory) => vec![directory.join(file_name(snapshot, id))],
                 Place::Ranges(_) => Vec::new(),
             };
-            let names = inner.mapper.control().names(Which::Device(origin.device.id));
+            let names = inner.mapper.control().names(Which::Device(id));
             let (name, uuid) = names.unwrap_or_default();
             entry.origins.push(OriginEntry {
-                device: origin.device.id,
+                device: id,
                 name,
                 uuid,
                 files,
             });
             wanted.push(Wanted {
-                origin: origin.device.id,
+                origin: id,
                 chunk: chunk_of(table.sectors()),
                 table,
                 storage: Vec::new(),
             });
         }
         self.journal.write(&entry)?;
-        let taken = self.take_written(&mut inner, snapshot, origins, wanted, instants, beneath);
-        let written = taken.and_then(|taken| {
-            entry.taken = true;
-            self.journal.write(&entry)?;
-            Ok(taken)
-        });
-        if written.is_err() {
-            self.forget(&mut inner, &entry);
-        }
-        written
+        let mut prepared = Prepared {
+            dm: self,
+            inner,
+            entry,
+            sectors: wanted.iter().map(|one| one.table.sectors()).collect(),
+            wanted,
+            held: Held {
+                storage: BTreeMap::new(),
+                beneath,
+                left: BTreeMap::new(),
+            },
+            watchdog: None,
+            suspended: None,
+            ended: false,
+        };
+        // Dropped, it is undone.
+        prepared.make(origins)?;
+        Ok(prepared)
     }
 
     /// Where old data must not be: on an origin of this snapshot, where it would wait for itself, and on one of another,
     /// whose old data could be here.
     fn check_place(
-        &self,
         inner: &Inner,
         view: &View,
         origin: &Origin,
@@ -384,98 +406,6 @@ impl Dm {
         Ok(beneath)
     }
 
-    fn take_written(
-        &self,
-        inner: &mut Inner,
-        snapshot: SnapshotId,
-        origins: &[Origin],
-        mut wanted: Vec<Wanted>,
-        instants: &mut dyn Instants,
-        beneath: BTreeSet<DeviceId>,
-    ) -> Result<Taken, DmError> {
-        let mut held = Held {
-            storage: BTreeMap::new(),
-            beneath,
-            left: BTreeMap::new(),
-        };
-        for (origin, wanted) in origins.iter().zip(&mut wanted) {
-            let name = format!("{}.diff", Node::Image(snapshot, origin.device.id).name());
-            let storage = Storage::make(&origin.place, &name, origin.bytes)?;
-            wanted.storage = storage.extents();
-            held.storage.insert(origin.device.id, storage);
-        }
-        let sectors: Vec<u64> = wanted.iter().map(|one| one.table.sectors()).collect();
-        // Those that stand on others come first: what they have under way ends below them.
-        wanted.sort_by_key(|one| std::cmp::Reverse(beneath_device(one.origin).len()));
-        let ids: Vec<DeviceId> = wanted.iter().map(|one| one.origin).collect();
-        let view = inner.mapper.view(&ids)?;
-        self.run(&mut inner.mapper, &plan::prepare(&view, snapshot, &wanted))?;
-        for one in &wanted {
-            if inner.mapper.table(Node::Real(one.origin))? != one.table {
-                return Err(DmError::refused(
-                    one.origin,
-                    "the kernel does not give its table back as it was; use another filter",
-                ));
-            }
-        }
-        let suspended = self.instant(inner, snapshot, &wanted, instants)?;
-        let ids = origins.iter().map(|origin| origin.device.id);
-        let images = ids.zip(sectors).map(|(origin, sectors)| {
-            let node = Node::Image(snapshot, origin);
-            let device = inner.mapper.number(node).ok_or_else(|| DmError::Gone {
-                action: "find",
-                device: node.to_string(),
-            })?;
-            Ok(DmImage {
-                origin,
-                device,
-                sectors,
-            })
-        });
-        let images = images.collect::<Result<_, DmError>>()?;
-        inner.held.insert(snapshot, held);
-        Ok(Taken { images, suspended })
-    }
-
-    fn instant(
-        &self,
-        inner: &mut Inner,
-        snapshot: SnapshotId,
-        wanted: &[Wanted],
-        instants: &mut dyn Instants,
-    ) -> Result<Duration, DmError> {
-        let (stop, go_on) = (plan::stop(wanted), plan::go_on(snapshot, wanted));
-        // Below first, as they go on.
-        let order: Vec<DeviceId> = wanted.iter().rev().map(|one| one.origin).collect();
-        let mut watchdog = Watchdog::start_with(&self.options.watchdog, &[], &order)?;
-        let _locked = Locked::all();
-        let ready = instants
-            .before()
-            .and_then(|()| Ok(watchdog.go(self.options.limit)?));
-        let begun = Instant::now();
-        let stopped = ready.and_then(|()| {
-            self.run(&mut inner.mapper, &stop)?;
-            instants.at()?;
-            self.run(&mut inner.mapper, &go_on)
-        });
-        let suspended = begun.elapsed();
-        if stopped.is_err() {
-            // Nobody waits for what was begun; what is wrong with this shows when it is settled.
-            let _ = self.settle(inner, &order);
-        }
-        let late = watchdog.disarm();
-        let after = instants.after();
-        stopped?;
-        after?;
-        // It resumed one before the last one was suspended: there was no instant.
-        if late? || suspended >= self.options.limit {
-            return Err(DmError::Late {
-                device: order.first().map(ToString::to_string).unwrap_or_default(),
-            });
-        }
-        Ok(suspended)
-    }
-
     /// Ends a snapshot. Who has an image open gets errors. An origin of which no other snapshot is held has its old table
     /// afterwards.
     ///
@@ -518,7 +448,6 @@ impl Dm {
 
     /// Removes what a take that failed has left.
     fn forget(&self, inner: &mut Inner, entry: &Entry) {
-        let _locked = inner.held.remove(&entry.snapshot);
         let origins: Vec<DeviceId> = entry.origins.iter().map(|one| one.device).collect();
         let done = self
             .settle(inner, &origins)
@@ -532,5 +461,147 @@ impl Dm {
         let mut files = entry.origins.iter().flat_map(|origin| &origin.files);
         files.try_for_each(|file| super::storage::remove_file(file))?;
         Ok(self.journal.remove(entry.snapshot)?)
+    }
+}
+
+fn file_name(snapshot: SnapshotId, origin: DeviceId) -> String {
+    format!("{}.diff", Node::Image(snapshot, origin).name())
+}
+
+/// A take that is prepared. Dropped before it is finished, it is undone.
+#[derive(Debug)]
+pub struct Prepared<'a> {
+    dm: &'a Dm,
+    inner: MutexGuard<'a, Inner>,
+    entry: Entry,
+    /// Lengths of the origins, in the order in which they were given.
+    sectors: Vec<u64>,
+    /// In the order in which they are suspended.
+    wanted: Vec<Wanted>,
+    held: Held,
+    watchdog: Option<Watchdog>,
+    suspended: Option<Duration>,
+    ended: bool,
+}
+
+impl Prepared<'_> {
+    fn make(&mut self, origins: &[Origin]) -> Result<(), DmError> {
+        let snapshot = self.entry.snapshot;
+        for (origin, wanted) in origins.iter().zip(&mut self.wanted) {
+            let name = file_name(snapshot, origin.device.id);
+            let storage = Storage::make(&origin.place, &name, origin.bytes)?;
+            wanted.storage = storage.extents();
+            self.held.storage.insert(origin.device.id, storage);
+        }
+        // Those that stand on others come first: what they have under way ends below them.
+        self.wanted
+            .sort_by_key(|one| std::cmp::Reverse(beneath_device(one.origin).len()));
+        let order = self.order();
+        let view = self.inner.mapper.view(&order)?;
+        let steps = plan::prepare(&view, snapshot, &self.wanted);
+        self.dm.run(&mut self.inner.mapper, &steps)?;
+        for one in &self.wanted {
+            if self.inner.mapper.table(Node::Real(one.origin))? != one.table {
+                return Err(DmError::refused(
+                    one.origin,
+                    "the kernel does not give its table back as it was; use another filter",
+                ));
+            }
+        }
+        self.watchdog = Some(Watchdog::start_with(&self.dm.options.watchdog, &[], &order)?);
+        Ok(())
+    }
+
+    /// The origins as they go on: those below first.
+    fn order(&self) -> Vec<DeviceId> {
+        self.wanted.iter().rev().map(|one| one.origin).collect()
+    }
+
+    /// Suspends all origins, calls `at`, and lets them go on with their images. File systems may be frozen meanwhile:
+    /// nothing is written.
+    ///
+    /// # Errors
+    /// The kernel refuses, `at` fails, or it takes too long. The origins go on all the same.
+    pub fn arm<E: From<DmError>>(&mut self, at: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let (stop, go_on) = (
+            plan::stop(&self.wanted),
+            plan::go_on(self.entry.snapshot, &self.wanted),
+        );
+        let order = self.order();
+        let Some(mut watchdog) = self.watchdog.take() else {
+            return Err(DmError::Instant("it was taken already".to_owned()).into());
+        };
+        let locked = Locked::all();
+        let limit = self.dm.options.limit;
+        watchdog.go(limit).map_err(DmError::from)?;
+        let begun = Instant::now();
+        let inner = &mut *self.inner;
+        let mut run = |steps: &[Step]| self.dm.run(&mut inner.mapper, steps);
+        let stopped = run(&stop)
+            .map_err(E::from)
+            .and_then(|()| at())
+            .and_then(|()| Ok(run(&go_on)?));
+        let suspended = begun.elapsed();
+        if stopped.is_err() {
+            // Nobody waits for what was begun; what is wrong with this shows when it is undone once more.
+            let _ = self.dm.settle(&mut self.inner, &order);
+        }
+        let late = watchdog.disarm();
+        drop(locked);
+        stopped?;
+        // It resumed one before the last one was suspended: there was no instant.
+        if late.map_err(DmError::from)? || suspended >= limit {
+            return Err(DmError::Late {
+                device: order.first().map(ToString::to_string).unwrap_or_default(),
+            }
+            .into());
+        }
+        self.suspended = Some(suspended);
+        Ok(())
+    }
+
+    /// Writes down that it was taken. File systems go on.
+    ///
+    /// # Errors
+    /// It was not, or can't be written down: it is undone.
+    pub fn finish(mut self) -> Result<Taken, DmError> {
+        let snapshot = self.entry.snapshot;
+        let Some(suspended) = self.suspended else {
+            return Err(DmError::Instant("it was not taken".to_owned()));
+        };
+        let origins = self.entry.origins.iter().zip(&self.sectors);
+        let images = origins.map(|(origin, sectors)| {
+            let node = Node::Image(snapshot, origin.device);
+            let device = self.inner.mapper.number(node).ok_or_else(|| DmError::Gone {
+                action: "find",
+                device: node.to_string(),
+            })?;
+            Ok(DmImage {
+                origin: origin.device,
+                device,
+                sectors: *sectors,
+            })
+        });
+        let images = images.collect::<Result<_, DmError>>()?;
+        self.entry.taken = true;
+        self.dm.journal.write(&self.entry)?;
+        let held = Held {
+            storage: std::mem::take(&mut self.held.storage),
+            beneath: std::mem::take(&mut self.held.beneath),
+            left: BTreeMap::new(),
+        };
+        self.inner.held.insert(snapshot, held);
+        self.ended = true;
+        Ok(Taken { images, suspended })
+    }
+}
+
+impl Drop for Prepared<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            // The loop devices go with the last who has them open.
+            self.held.storage.clear();
+            self.dm.forget(&mut self.inner, &self.entry);
+        }
     }
 }
