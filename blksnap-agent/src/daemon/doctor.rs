@@ -9,6 +9,7 @@ use std::io;
 use std::path::Path;
 
 use crate::control::api::{Check, CheckState, DoctorReport};
+use crate::filter::dm::{self, DmError};
 use crate::filter::gate::{Availability, GateOptions};
 use crate::ublk::{self, UblkError};
 
@@ -52,6 +53,7 @@ pub fn examine(btf: &Path, load: &dyn Fn() -> Result<(), String>) -> DoctorRepor
             btf: btf.to_owned(),
             ..GateOptions::default()
         })),
+        mapped(dm::mapped_devices()),
     ];
     DoctorReport {
         ok: checks.iter().all(|check| check.state != CheckState::Failed),
@@ -260,6 +262,30 @@ fn gate(found: &Availability) -> Check {
             )
         }
     }
+}
+
+/// Whether the kernel could keep old data of devices of device-mapper itself (`filter::dm`), and of which it would by
+/// `auto`; all else works without.
+fn mapped(found: Result<Vec<(String, Option<String>)>, DmError>) -> Check {
+    let devices = match found {
+        Ok(devices) => devices,
+        Err(error) => {
+            let error = error.to_string();
+            let (found, remedy) = error.split_once("; ").unwrap_or((&error, ""));
+            return check("dm", CheckState::Ok, format!("not in use: {found}"), remedy);
+        }
+    };
+    let one = |(name, why): &(String, Option<String>)| match why {
+        None => format!("{name}: dm"),
+        Some(why) => format!("{name}: not dm, {why}"),
+    };
+    let devices: Vec<String> = devices.iter().map(one).collect();
+    let found = if devices.is_empty() {
+        "device-mapper is there, and has no device".to_owned()
+    } else {
+        devices.join("; ")
+    };
+    check("dm", CheckState::Ok, found, "")
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use crate::disk::DiskError;
 use crate::disk::extents::ExtentsError;
 use crate::engine::CopyError;
 use crate::filter::converge::ConvergeError;
+use crate::filter::dm::DmError;
 use crate::filter::gate::GateError;
 use crate::own::HelperError;
 use crate::seal::SealError;
@@ -165,6 +166,11 @@ impl Tell for SnapshotError {
             Self::Gate(GateError::Busy { .. } | GateError::Broken { .. }) => Code::Busy,
             Self::Gate(GateError::Btf(_) | GateError::Load(_)) => Code::Unsupported,
             Self::Gate(_) => Code::Io,
+            Self::Dm(DmError::Refused { .. } | DmError::NoTarget(_) | DmError::Control { .. }) => {
+                Code::Unsupported
+            }
+            Self::Dm(DmError::Storage { .. }) => Code::InvalidRequest,
+            Self::Dm(_) => Code::Io,
             Self::Storage(error) => error.code(),
             Self::Tracker(error) => error.code(),
             Self::Converge(error) => error.code(),

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 
 use crate::engine::cow::journal::JournalError;
 use crate::filter::converge::ConvergeError;
+use crate::filter::dm::DmError;
 use crate::filter::gate::GateError;
 use crate::filter::served::TakeError;
 use crate::own::HelperError;
@@ -89,6 +90,9 @@ pub enum SnapshotError {
     /// Gates.
     #[error(transparent)]
     Gate(#[from] GateError),
+    /// Device-mapper.
+    #[error(transparent)]
+    Dm(#[from] DmError),
     /// Devices with gates can't be taken: nobody made any.
     #[error("can't hold writes of {0} in the kernel: this agent has no gates; choose another filter")]
     NoGates(String),
@@ -189,6 +193,7 @@ impl SnapshotError {
             | Self::Document(_)
             | Self::Served(_)
             | Self::Gate(_)
+            | Self::Dm(_)
             | Self::Defect(_) => Errno::EIO,
         }
     }

@@ -16,6 +16,8 @@ pub enum Member {
     Tracked(BlockDevice),
     /// A block device whose changes the kernel tells of, and whose writes it holds, too, by a gate.
     Gated(BlockDevice),
+    /// A device of device-mapper whose changes the kernel tells of, and whose old data it keeps itself.
+    Mapped(BlockDevice),
     /// A disk that the agent serves; its writes are held.
     Served(Arc<Served>),
 }
@@ -37,6 +39,8 @@ pub enum FilterKind {
     Converge,
     /// Programs in the kernel hold the device's writes.
     Gate,
+    /// Device-mapper keeps what is overwritten.
+    Dm,
     /// The agent serves the device and holds its writes.
     Served,
 }
@@ -48,6 +52,7 @@ impl FilterKind {
         match self {
             Self::Converge => "converge",
             Self::Gate => "gate",
+            Self::Dm => "dm",
             Self::Served => "served",
         }
     }
@@ -66,13 +71,15 @@ impl FilterKind {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FilterWish {
-    /// The first that works: the gate, but for devices of device-mapper, and else converge.
+    /// The first that works: device-mapper's own for its devices, the gate for others, and else converge.
     Auto,
     /// [`FilterKind::Converge`].
     #[default]
     Converge,
     /// [`FilterKind::Gate`].
     Gate,
+    /// [`FilterKind::Dm`].
+    Dm,
 }
 
 impl Member {
@@ -80,7 +87,7 @@ impl Member {
     #[must_use]
     pub fn id(&self) -> MemberId {
         match self {
-            Self::Tracked(device) | Self::Gated(device) => MemberId::Device(device.id),
+            Self::Tracked(device) | Self::Gated(device) | Self::Mapped(device) => MemberId::Device(device.id),
             Self::Served(served) => MemberId::Served(served.name().to_owned()),
         }
     }
@@ -91,6 +98,7 @@ impl Member {
         match self {
             Self::Tracked(_) => FilterKind::Converge,
             Self::Gated(_) => FilterKind::Gate,
+            Self::Mapped(_) => FilterKind::Dm,
             Self::Served(_) => FilterKind::Served,
         }
     }
@@ -99,7 +107,7 @@ impl Member {
     #[must_use]
     pub fn path(&self) -> &Path {
         match self {
-            Self::Tracked(device) | Self::Gated(device) => &device.path,
+            Self::Tracked(device) | Self::Gated(device) | Self::Mapped(device) => &device.path,
             Self::Served(served) => served.path(),
         }
     }
@@ -108,7 +116,7 @@ impl Member {
     #[must_use]
     pub fn name(&self) -> &str {
         match self {
-            Self::Tracked(device) | Self::Gated(device) => &device.name,
+            Self::Tracked(device) | Self::Gated(device) | Self::Mapped(device) => &device.name,
             Self::Served(served) => served.name(),
         }
     }
@@ -117,7 +125,7 @@ impl Member {
     #[must_use]
     pub fn device_id(&self) -> Option<DeviceId> {
         match self {
-            Self::Tracked(device) | Self::Gated(device) => Some(device.id),
+            Self::Tracked(device) | Self::Gated(device) | Self::Mapped(device) => Some(device.id),
             Self::Served(_) => None,
         }
     }
@@ -126,7 +134,7 @@ impl Member {
     #[must_use]
     pub fn size(&self) -> u64 {
         match self {
-            Self::Tracked(device) | Self::Gated(device) => device.capacity.bytes(),
+            Self::Tracked(device) | Self::Gated(device) | Self::Mapped(device) => device.capacity.bytes(),
             Self::Served(served) => served.size(),
         }
     }
@@ -135,7 +143,7 @@ impl Member {
     #[must_use]
     pub const fn tracked(&self) -> Option<&BlockDevice> {
         match self {
-            Self::Tracked(device) | Self::Gated(device) => Some(device),
+            Self::Tracked(device) | Self::Gated(device) | Self::Mapped(device) => Some(device),
             Self::Served(_) => None,
         }
     }

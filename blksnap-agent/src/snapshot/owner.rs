@@ -9,6 +9,7 @@ use super::events::Events;
 use super::files::{Devices, FileInUse, Files, NewFile, Watch};
 use super::gated::{self, GateHold, GateKeeper};
 use super::held::{Held, HoldOptions, HoldPlace, logical_block};
+use super::mapped::{DmKeeper, MappedHeld, MappedHold};
 use super::stores::{kept, pool_events, pool_options};
 use super::{FilterWish, Member, SnapshotError, places};
 use crate::cbt::{ReadMap, Taken};
@@ -16,6 +17,7 @@ use crate::cow::SnapshotKey;
 use crate::disk::BlockDevice;
 use crate::engine::{CancelToken, FileSink, Progress};
 use crate::filter::converge::{self, Consistency, Converged, FreezeHook, Initial, Limits, Target};
+use crate::filter::dm::MappedImage;
 use crate::filter::held::HeldImage;
 use crate::filter::served::Served;
 use crate::own::Helper;
@@ -43,6 +45,8 @@ pub enum Content {
     Copy(Arc<File>),
     /// What was preserved, and the device.
     Held(HeldImage),
+    /// A snapshot device of device-mapper.
+    Mapped(MappedImage),
 }
 
 /// A device as it was at the instant.
@@ -141,6 +145,7 @@ struct Running {
 pub(super) struct Outcome {
     images: Vec<Image>,
     held: Option<Held>,
+    mapped: Option<MappedHeld>,
 }
 
 /// State of one snapshot.
@@ -151,6 +156,10 @@ pub(super) struct Owner {
     pub(super) place: HoldPlace,
     /// What makes gates; none: nothing does.
     pub(super) keeper: Option<GateKeeper>,
+    /// Device-mapper; none: nobody asks it.
+    pub(super) dm: Option<Arc<DmKeeper>>,
+    /// What device-mapper keeps.
+    pub(super) mapped: Option<MappedHeld>,
     pub(super) events: Arc<Events>,
     /// Storage of held devices; made when the first is there.
     pub(super) pool: Option<Arc<Pool>>,
@@ -181,6 +190,7 @@ pub(super) struct Start {
     pub(super) place: HoldPlace,
     pub(super) tracker: Arc<Tracker>,
     pub(super) keeper: Option<GateKeeper>,
+    pub(super) dm: Option<Arc<DmKeeper>>,
     pub(super) events: Arc<Events>,
     pub(super) devices: Option<Arc<dyn Devices>>,
     pub(super) queue: Sender<Command>,
@@ -213,6 +223,8 @@ impl Owner {
             options: start.options,
             place: start.place,
             keeper: start.keeper,
+            dm: start.dm,
+            mapped: None,
             events: start.events,
             pool: None,
             held: None,
@@ -263,6 +275,11 @@ impl Owner {
         let waiting = std::mem::take(&mut self.destroying);
         // Images go before anybody is told that they are gone.
         self.info.images.clear();
+        match (self.mapped.take(), self.leaving) {
+            (Some(mapped), true) => mapped.leave(),
+            (Some(mapped), false) => mapped.destroy(),
+            (None, _) => {}
+        }
         match (self.held.take(), self.leaving) {
             (Some(held), true) => held.leave(),
             (Some(held), false) => held.destroy(),
@@ -311,6 +328,9 @@ impl Owner {
         if let Some(pool) = &self.pool {
             info.storage = pool.specs();
             info.usage = Some(pool.usage());
+        }
+        if let Some(mapped) = &self.mapped {
+            info.usage = Some(mapped.usage());
         }
         info
     }
@@ -438,7 +458,7 @@ impl Owner {
             }
             let served = |member: &Member| match member {
                 Member::Served(served) => Some(Arc::clone(served)),
-                Member::Tracked(_) | Member::Gated(_) => None,
+                Member::Tracked(_) | Member::Gated(_) | Member::Mapped(_) => None,
             };
             if let Some(Member::Gated(device)) = self.info.devices.first() {
                 let keeper = self.keeper.clone();
@@ -475,6 +495,9 @@ impl Owner {
                 free: self.free_keys(),
             }));
         }
+        if let Some(Member::Mapped(device)) = self.info.devices.first() {
+            return Ok(Plan::Mapped(self.mapped_hold(device, take)?));
+        }
         let [
             StorageSpec::Directory {
                 path, limit: None, ..
@@ -502,7 +525,7 @@ impl Owner {
     fn free_keys(&self) -> Vec<Option<SnapshotKey>> {
         let of = |member: &Member| match member {
             Member::Served(served) => self.watches.iter().find_map(|watch| watch.key_of(served)),
-            Member::Tracked(_) | Member::Gated(_) => None,
+            Member::Tracked(_) | Member::Gated(_) | Member::Mapped(_) => None,
         };
         self.info.devices.iter().map(of).collect()
     }
@@ -512,12 +535,13 @@ impl Owner {
             return;
         };
         let answer = match result {
-            Ok(Outcome { images, held }) => {
+            Ok(Outcome { images, held, mapped }) => {
                 self.info.state = State::Taken;
                 self.info.taken = Some(SystemTime::now());
                 self.info.devices = images.iter().map(|image| image.member.clone()).collect();
                 self.info.images = images.into_iter().map(Arc::new).collect();
                 self.held = held;
+                self.mapped = mapped;
                 self.watches.clear();
                 if let Some(requested) = self.asked.take() {
                     self.low(requested);
@@ -553,16 +577,27 @@ enum Plan {
     Copy(Work),
     Hold(Hold),
     Gate(GateHold),
+    Mapped(MappedHold),
 }
 
 impl Plan {
     fn run(self) -> Result<Outcome, SnapshotError> {
         match self {
-            Self::Copy(work) => work.run().map(|images| Outcome { images, held: None }),
+            Self::Copy(work) => work.run().map(|images| Outcome {
+                images,
+                held: None,
+                mapped: None,
+            }),
             Self::Hold(hold) => hold.run(),
             Self::Gate(hold) => hold.run().map(|(held, images)| Outcome {
                 images,
                 held: Some(held),
+                mapped: None,
+            }),
+            Self::Mapped(hold) => hold.run().map(|(held, images)| Outcome {
+                images,
+                held: None,
+                mapped: Some(held),
             }),
         }
     }
@@ -588,6 +623,7 @@ impl Hold {
         Ok(Outcome {
             images,
             held: Some(held),
+            mapped: None,
         })
     }
 }

@@ -14,6 +14,7 @@ use super::events::{EventData, Events, Waited};
 use super::files::{Devices, Files};
 use super::gated::GateKeeper;
 use super::held::{Held, HoldOptions, HoldPlace, Resumed, remove};
+use super::mapped::{DmKeeper, MappedHeld};
 use super::owner::{Command, Image, Info, Owner, Start, State, Take, TakeOptions};
 use super::{FilterKind, Member, MemberId, SnapshotError, places};
 use crate::engine::{CancelToken, Progress};
@@ -51,6 +52,7 @@ pub struct Snapshots {
     place: HoldPlace,
     devices: Option<Arc<dyn Devices>>,
     keeper: Option<GateKeeper>,
+    dm: Option<Arc<DmKeeper>>,
     /// Held for look-ups only, never while waiting for an answer.
     owners: Mutex<BTreeMap<SnapshotId, Handle>>,
 }
@@ -64,6 +66,7 @@ impl Snapshots {
             place,
             devices: None,
             keeper: None,
+            dm: None,
             owners: Mutex::default(),
         }
     }
@@ -79,6 +82,13 @@ impl Snapshots {
     #[must_use]
     pub fn with_gates(mut self, keeper: GateKeeper) -> Self {
         self.keeper = Some(keeper);
+        self
+    }
+
+    /// Devices of device-mapper may be taken by it.
+    #[must_use]
+    pub fn with_dm(mut self, keeper: Arc<DmKeeper>) -> Self {
+        self.dm = Some(keeper);
         self
     }
 
@@ -157,6 +167,7 @@ impl Snapshots {
             options,
             place: self.place.clone(),
             keeper: self.keeper.clone(),
+            dm: self.dm.clone(),
             tracker: Arc::clone(&self.tracker),
             events: Arc::clone(&events),
             devices: self.devices.clone(),
@@ -232,8 +243,16 @@ impl Snapshots {
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
         owner.info.created = at(document.created);
         owner.info.taken = Some(at(document.taken));
+        if document.filter == FilterKind::Dm {
+            return self.resume_mapped(owner, handle, commands, directory, &document);
+        }
         if document.filter != FilterKind::Served {
-            return self.resume_none(owner, handle, commands, &document);
+            let how = if document.stopped { "was stopped" } else { "ended" };
+            let why = format!(
+                "its agent {how}, and with it the programs that held writes: a snapshot by the filter {} does not outlive its agent",
+                document.filter.label()
+            );
+            return self.resume_none(owner, handle, commands, &document, why);
         }
         let found: Vec<_> = document
             .members
@@ -274,28 +293,58 @@ impl Snapshots {
         self.info(id)
     }
 
-    /// A snapshot that has ended with the agent before is there, and says so.
+    /// A snapshot that the kernel has kept goes on, or says why it can't.
+    fn resume_mapped(
+        &self,
+        mut owner: Owner,
+        handle: Handle,
+        commands: std::sync::mpsc::Receiver<Command>,
+        directory: PathBuf,
+        document: &Document,
+    ) -> Result<Info, SnapshotError> {
+        let resumed = match &self.dm {
+            None => Err("this agent does not ask device-mapper".to_owned()),
+            Some(keeper) => MappedHeld::resume(
+                keeper,
+                directory,
+                document,
+                &self.tracker,
+                &owner.options,
+                &owner.events,
+            ),
+        };
+        match resumed {
+            Ok((held, images)) => {
+                owner.info.state = State::Taken;
+                owner.info.devices = images.iter().map(|image| image.member.clone()).collect();
+                owner.info.images = images.into_iter().map(Arc::new).collect();
+                owner.mapped = Some(held);
+                self.start(owner, handle, commands)?;
+                self.info(document.id)
+            }
+            Err(why) => self.resume_none(owner, handle, commands, document, why),
+        }
+    }
+
+    /// A snapshot that has ended is there, and says so.
     fn resume_none(
         &self,
         mut owner: Owner,
         handle: Handle,
         commands: std::sync::mpsc::Receiver<Command>,
         document: &Document,
+        why: String,
     ) -> Result<Info, SnapshotError> {
         let found = document.members.iter().filter_map(|member| {
             let device = crate::disk::BlockDevice::open(&member.path).ok()?;
             Some(match document.filter {
                 FilterKind::Gate => Member::Gated(device),
+                FilterKind::Dm => Member::Mapped(device),
                 FilterKind::Converge | FilterKind::Served => Member::Tracked(device),
             })
         });
         owner.info.devices = found.collect();
         owner.info.state = State::Lost;
-        let how = if document.stopped { "was stopped" } else { "ended" };
-        let why = format!(
-            "its agent {how}, and with it the programs that held writes: a snapshot by the filter {} does not outlive its agent",
-            document.filter.label()
-        );
         for member in &document.members {
             owner.events.send(EventData::Corrupted {
                 device: member.path.display().to_string(),
@@ -445,7 +494,7 @@ impl Snapshots {
     /// Whether a device can be taken at all.
     fn check(&self, member: &Member) -> Result<(), SnapshotError> {
         match member {
-            Member::Tracked(device) | Member::Gated(device) => self
+            Member::Tracked(device) | Member::Gated(device) | Member::Mapped(device) => self
                 .tracker
                 .device(device.id)
                 .map(|_| ())

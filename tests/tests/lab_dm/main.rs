@@ -6,6 +6,7 @@
 //! Root on LVM is out of reach here: a guest's root is not a disk. What is shown is that nothing waits for the agent:
 //! `ends` kills it at every step.
 
+mod agent;
 mod ends;
 mod lvm;
 mod scene;

@@ -76,7 +76,7 @@ pub struct Holding {
     #[arg(long, value_name = "COUNT", default_value_t = 128, value_parser = clap::value_parser!(u32).range(..=4096))]
     pub free_diff_buffer_pool_size: u32,
 
-    /// How old data of devices that are not served survives, where a snapshot does not say: auto, converge or gate
+    /// How old data of devices that are not served survives, where a snapshot does not say: auto, converge, gate or dm
     #[arg(long, value_name = "FILTER", default_value = "converge", value_parser = parse_filter)]
     pub filter: FilterWish,
 
@@ -107,7 +107,8 @@ fn parse_filter(text: &str) -> Result<FilterWish, String> {
         "auto" => Ok(FilterWish::Auto),
         "converge" => Ok(FilterWish::Converge),
         "gate" => Ok(FilterWish::Gate),
-        _ => Err("give auto, converge or gate".to_owned()),
+        "dm" => Ok(FilterWish::Dm),
+        _ => Err("give auto, converge, gate or dm".to_owned()),
     }
 }
 
@@ -122,11 +123,13 @@ pub enum Snapshot {
   blksnap-agent snapshot create vm.img --storage /var/snap,limit=20G --storage /dev/sdd
   blksnap-agent snapshot create vm.img --promise power-cut
   blksnap-agent snapshot create /dev/sdb1 --filter gate --storage /var/snap
+  blksnap-agent snapshot create /dev/vg/data --filter dm --storage /var/snap
 
 A device that is not tracked yet is attached. Of a device that is served (`blksnap-agent serve`) old data is kept
 from the instant on. Other devices are copied (converge), or programs in the kernel hold their writes (gate): then
 there is no copy to wait for, and the snapshot ends with the agent; difference storage must be on another device.
-With auto it is a gate where that is possible; `blksnap-agent doctor` tells.
+Of devices of device-mapper (LVM, dm-crypt) the kernel can keep old data itself (dm): the snapshot outlives the agent.
+With auto it is dm or a gate where that is possible; `blksnap-agent doctor` tells.
 
 Difference storage, used in the order given:
   DIR[,limit=SIZE]             a file that grows, up to the limit or as far as there is space
@@ -143,7 +146,7 @@ Difference storage, used in the order given:
         /// What a snapshot of served devices survives [default: agent-crash]
         #[arg(long, value_name = "WHAT", value_parser = parse_promise)]
         promise: Option<Promise>,
-        /// How old data of devices that are not served survives: auto, converge or gate [default: the daemon's]
+        /// How old data of devices that are not served survives: auto, converge, gate or dm [default: the daemon's]
         #[arg(long, value_name = "FILTER", value_parser = parse_filter)]
         filter: Option<FilterWish>,
         /// How much difference storage is asked for at a time [default: 1G]

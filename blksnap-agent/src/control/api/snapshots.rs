@@ -96,7 +96,7 @@ pub struct Snapshot {
     pub created: u64,
     /// The point in time of its images, in seconds since 1970; none before the take.
     pub taken: Option<u64>,
-    /// How old data survives: `converge`, `gate` or `served`; none before the first device.
+    /// How old data survives: `converge`, `gate`, `dm` or `served`; none before the first device.
     pub filter: Option<String>,
     /// Why that filter was chosen, where it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use super::Agent;
 use crate::control::error::{ApiError, Code};
 use crate::disk::BlockDevice;
+use crate::filter::dm;
 use crate::filter::gate::{Availability, GateOptions, Preemption};
 use crate::snapshot::{FilterKind, FilterWish};
 
@@ -59,12 +60,26 @@ impl Agent {
                     Err(ApiError::new(Code::Unsupported, message, remedy))
                 }
             },
+            FilterWish::Dm => {
+                for device in devices {
+                    dm::availability(device).map_err(|error| {
+                        let message = format!("{action}: {error}");
+                        ApiError::new(Code::Unsupported, message, "choose another filter")
+                    })?;
+                }
+                Ok(Chosen::named(FilterKind::Dm))
+            }
             FilterWish::Auto => {
                 let mapped = devices.iter().find(|device| device.disk_name.starts_with("dm-"));
+                let refused = devices.iter().find_map(|device| dm::availability(device).err());
                 let (kind, why) = match (mapped, lacks()) {
-                    (Some(device), _) => (
+                    (Some(_), _) if refused.is_none() => (
+                        FilterKind::Dm,
+                        "the kernel can keep old data of devices of device-mapper".to_owned(),
+                    ),
+                    (Some(_), _) => (
                         FilterKind::Converge,
-                        format!("{} is of device-mapper", device.path.display()),
+                        refused.map_or_else(String::new, |error| error.to_string()),
                     ),
                     (None, Some(what)) => (FilterKind::Converge, format!("no gate: {what}")),
                     (None, None) => (

@@ -39,11 +39,12 @@ use crate::control::server::{MapPieces, Service};
 use crate::control::stream::Reporter;
 use crate::cow::ChunkParams;
 use crate::disk::BlockDevice;
+use crate::filter::dm::DmOptions;
 use crate::filter::gate::Gates;
 use crate::nbd::registry::Exports;
 use crate::nbd::server::Server;
 use crate::seal::{Seals, shutdown};
-use crate::snapshot::{GateKeeper, HoldOptions, HoldPlace, Snapshots};
+use crate::snapshot::{DmKeeper, GateKeeper, HoldOptions, HoldPlace, Snapshots};
 use crate::tracker::{Granularity, TrackedDevice, Tracker};
 use crate::units::SnapshotId;
 
@@ -58,6 +59,7 @@ pub struct Agent {
     hold_options: HoldOptions,
     chunks: ChunkParams,
     keeper: GateKeeper,
+    dm: Arc<DmKeeper>,
     gate_check: GateCheck,
     served: Arc<ServedList>,
     ublk: Arc<UblkList>,
@@ -95,15 +97,19 @@ impl Agent {
             served: Arc::clone(&served),
             ublk: Arc::clone(&ublk),
         });
+        let dm = DmOptions::new(config.seal.directory.join("dm"));
+        let dm = Arc::new(DmKeeper::new(dm));
         let keeper = GateKeeper {
             gates: Arc::new(Gates::new(config.gate.clone())),
             chunks: config.chunks,
         };
         Self {
             snapshots: Snapshots::new(Arc::clone(&tracker), place)
+                .with_dm(Arc::clone(&dm))
                 .with_devices(devices)
                 .with_gates(keeper.clone()),
             keeper,
+            dm,
             gate_check: GateCheck::default(),
             hold_options: config.holding.clone(),
             chunks: config.chunks,

@@ -279,6 +279,8 @@ impl Agent {
                 Err(error) => tracing::error!(%error, "a snapshot can't go on"),
             }
         }
+        let known: Vec<_> = infos.iter().map(|info| info.id).collect();
+        self.dm.sweep(&known);
         // What was not resumed by now never will be: before the first write.
         opened.retain(|(served, _)| {
             let begun = begin(served, &format!("serve {}", served.path().display()));

@@ -18,6 +18,7 @@ use crate::filter::converge::{Consistency, Hook, Limits};
 use crate::nbd::cow::HeldExport;
 use crate::nbd::export::Export;
 use crate::nbd::file::FileExport;
+use crate::nbd::mapped::MappedExport;
 use crate::nbd::registry::RegistryError;
 use crate::own::{Helper, Looked, On};
 use crate::snapshot::{
@@ -123,6 +124,7 @@ impl Agent {
         let device = ensured.device.device().clone();
         let member = match kind {
             FilterKind::Gate => Member::Gated(device),
+            FilterKind::Dm => Member::Mapped(device),
             FilterKind::Converge | FilterKind::Served => Member::Tracked(device),
         };
         Ok((member, Some(ensured)))
@@ -393,6 +395,10 @@ impl Agent {
             let error = std::io::Error::from_raw_os_error(broken?.error_code);
             let told = info.images.iter().find_map(|image| match &image.content {
                 Content::Held(held) => held.image().store().failure().map(str::to_owned),
+                Content::Mapped(mapped) => {
+                    let why = mapped.condition().why();
+                    (!why.is_empty()).then(|| why.to_owned())
+                }
                 Content::Copy(_) => None,
             });
             told.or_else(|| Some(format!("old data could not be kept: {error}")))
@@ -444,6 +450,7 @@ impl Agent {
                 // A file whose size can't be asked for is shown as empty rather than not at all.
                 Content::Copy(file) => stored_bytes(file).unwrap_or_default(),
                 Content::Held(held) => held.image().store().preserved(),
+                Content::Mapped(mapped) => mapped.usage().map_or(0, |usage| usage.used),
             },
             taken: api::Base {
                 generation: image.taken.generation,
@@ -454,6 +461,7 @@ impl Agent {
             error_code: match &image.content {
                 Content::Copy(_) => 0,
                 Content::Held(held) => held.image().state().ok().flatten().unwrap_or(0),
+                Content::Mapped(mapped) => mapped.condition().errno().map_or(0, |errno| errno as i32),
             },
         }
     }
@@ -469,6 +477,13 @@ fn export(id: SnapshotId, image: &Image) -> Arc<dyn Export> {
     match &image.content {
         Content::Copy(file) => {
             let export = FileExport::new(name, Arc::clone(file), image.size).with_description(description);
+            Arc::new(match &image.read_map {
+                Some(map) => export.with_changes(Arc::clone(map)),
+                None => export,
+            })
+        }
+        Content::Mapped(mapped) => {
+            let export = MappedExport::new(name, description, mapped.clone());
             Arc::new(match &image.read_map {
                 Some(map) => export.with_changes(Arc::clone(map)),
                 None => export,

@@ -151,6 +151,37 @@ pub fn availability(device: &BlockDevice) -> Result<(), DmError> {
     check(&mut mapper, device).map(drop)
 }
 
+/// All devices of device-mapper that are not ours, by name, each with what keeps the filter from holding it.
+///
+/// # Errors
+/// There is no device-mapper.
+pub fn mapped_devices() -> Result<Vec<(String, Option<String>)>, DmError> {
+    let mut mapper = Mapper::open()?;
+    let listed = mapper.control().list().map_err(|source| DmError::Step {
+        action: "list the devices of",
+        device: "device-mapper".to_owned(),
+        source,
+    })?;
+    let mut found = Vec::new();
+    for (number, name) in listed {
+        let uuid = mapper.control().names(Which::Device(number));
+        if uuid.is_ok_and(|(_, uuid)| Node::of_uuid(&uuid).is_some()) {
+            continue;
+        }
+        let node = PathBuf::from(format!("/dev/dm-{}", number.minor));
+        let why = match BlockDevice::open(&node) {
+            Ok(device) => match check(&mut mapper, &device) {
+                Ok(_) => None,
+                Err(DmError::Refused { why, .. }) => Some(why),
+                Err(error) => Some(error.to_string()),
+            },
+            Err(error) => Some(error.to_string()),
+        };
+        found.push((name, why));
+    }
+    Ok(found)
+}
+
 fn is_mapped(device: &BlockDevice) -> bool {
     let devices = std::fs::read_to_string("/proc/devices").unwrap_or_default();
     devices
@@ -315,6 +346,7 @@ impl Dm {
         let mut wanted = Vec::with_capacity(origins.len());
         let mut beneath = BTreeSet::new();
         for origin in origins {
+            self.remove_unused(&mut inner, origin.device.id)?;
             let (table, view) = check(&mut inner.mapper, &origin.device)?;
             beneath.extend(Self::check_place(&inner, &view, origin, origins)?);
             let id = origin.device.id;
@@ -356,6 +388,21 @@ impl Dm {
         // Dropped, it is undone.
         prepared.make(origins)?;
         Ok(prepared)
+    }
+
+    /// Removes the real device of an origin that is gone, whose number another one has now: nothing stands on it.
+    fn remove_unused(&self, inner: &mut Inner, origin: DeviceId) -> Result<(), DmError> {
+        let view = inner.mapper.view(&[origin])?;
+        let of_origin = view.keys().filter(|node| node.origin() == origin);
+        let is_used = of_origin.clone().any(|node| node.snapshot().is_some()) || plan::is_held(&view, origin);
+        let real = Node::Real(origin);
+        let loaded = view
+            .get(&Node::Origin(origin))
+            .is_some_and(|seen| seen.inactive.sectors() > 0);
+        if view.contains_key(&real) && !is_used && !loaded {
+            self.run(&mut inner.mapper, &[Step::Remove(real)])?;
+        }
+        Ok(())
     }
 
     /// Where old data must not be: on an origin of this snapshot, where it would wait for itself, and on one of another,
@@ -414,7 +461,12 @@ impl Dm {
     pub fn release(&self, snapshot: SnapshotId) -> Result<(), DmError> {
         let mut inner = self.lock();
         let (entries, _) = self.journal.read()?;
-        let entry = entries.into_iter().find(|entry| entry.snapshot == snapshot);
+        let mut entry = entries.into_iter().find(|entry| entry.snapshot == snapshot);
+        if let Some(entry) = &mut entry {
+            // From here on it is undone, by whoever comes next if not by this one.
+            entry.taken = false;
+            self.journal.write(entry)?;
+        }
         let held = inner.held.remove(&snapshot);
         let settled = self.settle_guarded(&mut inner, entry.as_ref());
         let removed = held.map_or(Ok(()), |held| {
