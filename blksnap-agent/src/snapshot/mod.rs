@@ -8,7 +8,7 @@
 //! serves are held ([`FilterKind::Served`]): their images are what was preserved and, for the rest, the device itself.
 //! Such a snapshot is written down, and the next agent goes on with it, or says why it can't. Block devices can be held by
 //! programs in the kernel instead of being copied ([`FilterKind::Gate`]); their images are as those of served ones, but
-//! end with the agent.
+//! end with the agent. Of devices of device-mapper the kernel keeps old data itself ([`FilterKind::Dm`]): these outlive it.
 //!
 //! # Owner
 //! Each snapshot has an owner thread that keeps its state and does what it is told in the order of a queue; it

@@ -142,6 +142,7 @@ struct Running {
 }
 
 /// What a take made.
+#[derive(Default)]
 pub(super) struct Outcome {
     images: Vec<Image>,
     held: Option<Held>,
@@ -156,9 +157,7 @@ pub(super) struct Owner {
     pub(super) place: HoldPlace,
     /// What makes gates; none: nothing does.
     pub(super) keeper: Option<GateKeeper>,
-    /// Device-mapper; none: nobody asks it.
     pub(super) dm: Option<Arc<DmKeeper>>,
-    /// What device-mapper keeps.
     pub(super) mapped: Option<MappedHeld>,
     pub(super) events: Arc<Events>,
     /// Storage of held devices; made when the first is there.
@@ -585,19 +584,18 @@ impl Plan {
         match self {
             Self::Copy(work) => work.run().map(|images| Outcome {
                 images,
-                held: None,
-                mapped: None,
+                ..Outcome::default()
             }),
             Self::Hold(hold) => hold.run(),
             Self::Gate(hold) => hold.run().map(|(held, images)| Outcome {
                 images,
                 held: Some(held),
-                mapped: None,
+                ..Outcome::default()
             }),
             Self::Mapped(hold) => hold.run().map(|(held, images)| Outcome {
                 images,
-                held: None,
                 mapped: Some(held),
+                ..Outcome::default()
             }),
         }
     }
