@@ -443,10 +443,8 @@ impl Watcher {
     fn run(mut self, stop: &AtomicBool) {
         let mut lost = vec![false; self.images.len()];
         while !stop.load(Ordering::Acquire) {
-            for number in 0..self.images.len() {
-                if !lost[number] {
-                    lost[number] = !self.look(number);
-                }
+            for (number, lost) in lost.iter_mut().enumerate() {
+                *lost = *lost || !self.look(number);
             }
             std::thread::sleep(LOOK);
         }

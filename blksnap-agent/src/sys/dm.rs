@@ -96,6 +96,8 @@ struct Header {
 
 const HEADER: usize = size_of::<Header>();
 const _: () = assert!(HEADER == 312);
+/// The same, as the header has it.
+const HEADER_BYTES: u32 = 312;
 
 /// `struct dm_target_spec`.
 #[derive(Clone, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -414,8 +416,8 @@ impl Control {
 
     /// A call that has nothing but the header.
     fn short(&self, command: Command, header: &mut Header) -> Result<(), Errno> {
-        header.data_size = HEADER as u32;
-        header.data_start = HEADER as u32;
+        header.data_size = HEADER_BYTES;
+        header.data_start = HEADER_BYTES;
         self.ioctl(command, header.as_mut_bytes())
     }
 
@@ -426,7 +428,7 @@ impl Control {
             let size = HEADER + room;
             let mut header = header.clone();
             header.data_size = u32::try_from(size).map_err(|_| Errno::E2BIG)?;
-            header.data_start = HEADER as u32;
+            header.data_start = HEADER_BYTES;
             // Words, for the alignment that the kernel's structures want.
             let mut bytes = vec![0_u64; size / 8];
             let raw = bytes.as_mut_slice().as_mut_bytes();

@@ -77,5 +77,7 @@ pub use image::{MappedError, MappedImage};
 pub use mapper::Mapper;
 pub use recover::{Lost, Recovered};
 pub use storage::Place;
-pub use take::{Dm, DmImage, DmOptions, Instants, Origin, Prepared, Taken, availability, mapped_devices};
+pub use take::{
+    Dm, DmImage, DmOptions, Instants, Observer, Origin, Prepared, Taken, availability, mapped_devices,
+};
 pub use watch::{Condition, Usage};

@@ -21,6 +21,9 @@ use crate::units::{DeviceId, SnapshotId};
 /// Major number of devices in `/proc/devices` that this filter is for.
 const DRIVER: &str = "device-mapper";
 
+/// Told of a step.
+pub type Observer = Arc<dyn Fn(&Step) + Send + Sync>;
+
 /// How the filter works.
 #[derive(Clone)]
 pub struct DmOptions {
@@ -31,7 +34,7 @@ pub struct DmOptions {
     /// Longest time for which origins may be suspended.
     pub limit: Duration,
     /// Told of every step, before it is done.
-    pub observer: Option<Arc<dyn Fn(&Step) + Send + Sync>>,
+    pub observer: Option<Observer>,
 }
 
 impl fmt::Debug for DmOptions {
