@@ -44,6 +44,15 @@ pub mod broken {
     pub const MAP: u64 = 1 << 4;
     /// The agent gave up: its own reason says more.
     pub const GIVEN_UP: u64 = 1 << 5;
+    /// All of them, with their names in metrics.
+    pub const CODES: [(&str, u64); 6] = [
+        ("bypassed", BYPASSED),
+        ("deadline", DEADLINE),
+        ("agent", AGENT),
+        ("whole_disk", WHOLE_DISK),
+        ("map", MAP),
+        ("given_up", GIVEN_UP),
+    ];
 }
 
 /// State of a gate: shared by all CPUs, mapped by the agent. Written by the programs with atomic operations, but

@@ -14,12 +14,12 @@ use crate::cbt::TrackingParams;
 use crate::control::{CONTROL_SOCKET, NBD_SOCKET};
 use crate::cow::ChunkParams;
 use crate::daemon::{self, Config, NbdConfig};
-use crate::filter::gate::GateOptions;
+use crate::filter::gate::{GateOptions, Switch};
 use crate::nbd::activation::Inherited;
 use crate::nbd::endpoint::LocalTls;
 use crate::nbd::server::ServerLimits;
 use crate::nbd::tls::Clients;
-use crate::seal::{Roots, SealConfig, StateDirectory};
+use crate::seal::{Roots, SealConfig, StateDirectory, shutdown};
 use crate::snapshot::HoldOptions;
 use crate::telemetry::log;
 use crate::tracker::{self, KeepConfig, TrackerConfig};
@@ -88,6 +88,7 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
         },
         gate: GateOptions {
             priority: options.holding.gate_priority,
+            preempt: options.holding.gate_preempt.then(|| preempt_switch(&seal)),
             btf: options.btf.clone(),
             ..GateOptions::with_deadline(Duration::from_millis(options.holding.gate_deadline))
         },
@@ -108,6 +109,12 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
     raise_descriptors();
     daemon::run(&config, inherited)?;
     Ok(())
+}
+
+/// What was before is noted in the state directory.
+fn preempt_switch(seal: &SealConfig) -> Switch {
+    let boot = shutdown::boot(&seal.roots.boot).unwrap_or_default();
+    Switch::new(seal.directory.join("preempt"), boot)
 }
 
 /// Lets the process have as many files open as the system allows: each NBD client takes two or more, and what is usual

@@ -47,7 +47,7 @@ pub enum SnapshotError {
     NotTracked(DeviceId),
     /// Devices that are copied, and devices that the agent serves.
     #[error(
-        "{device} can't be in snapshot {snapshot}: devices whose old data survives in different ways have no common instant; make one snapshot for each filter"
+        "{device} can't be in snapshot {snapshot}: devices whose old data survives in different ways have no common instant; make one snapshot for each kind of filter"
     )]
     Mixed {
         /// The device's path.

@@ -3,6 +3,7 @@
 //! Every series of loss (`ring_full`, `run_misses`) and of doubt (`generation_resets` by reason) is there from the
 //! attach on with the value 0, so that an alert can be written before anything has gone wrong.
 
+mod gate;
 mod held;
 
 use prometheus_client::collector::Collector;
@@ -13,6 +14,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
+pub use gate::GateSample;
 pub use held::{HeldSample, ServedSample};
 
 /// First word of every name.
@@ -29,7 +31,9 @@ pub struct Sample {
     pub devices: Vec<DeviceSample>,
     /// The devices that the agent serves.
     pub served: Vec<ServedSample>,
-    /// The snapshots that hold them.
+    /// The devices with a gate.
+    pub gates: Vec<GateSample>,
+    /// The snapshots that hold any of them.
     pub held: Vec<HeldSample>,
     /// Snapshots by state, each state present.
     pub snapshots: Vec<(&'static str, u64)>,
@@ -454,6 +458,7 @@ impl Collector for Sample {
         self.encode_devices(&mut out)?;
         self.encode_snapshots(&mut out)?;
         held::encode(&self.served, &self.held, &mut out)?;
+        gate::encode(&self.gates, &mut out)?;
         self.encode_nbd(&mut out)
     }
 }

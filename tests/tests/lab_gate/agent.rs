@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use blksnap_agent::filter::gate::Preemption;
 use blksnap_tests::nbd::{Client, Framing};
 use blksnap_tests::{Daemon, DaemonOptions, Writer, lab, run, seed, unmount};
@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use super::scene::{MIB, partition};
 
 /// Bytes of each file system.
-const SIZE: u64 = 48 * MIB;
+const SIZE: u64 = 24 * MIB;
 
 /// Bound against hanging for ever.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -107,7 +107,7 @@ fn prepare() -> Result<()> {
 /// In an emulated guest time runs in jerks.
 fn daemon_options() -> DaemonOptions {
     DaemonOptions {
-        arguments: vec!["--gate-deadline=10000".into()],
+        arguments: vec!["--gate-deadline=10000".into(), "--gate-preempt".into()],
         ..DaemonOptions::default()
     }
 }
@@ -143,6 +143,8 @@ fn take(daemon: &Daemon, devices: &[&Path], more: &[&OsStr]) -> Result<Value> {
         "gate",
         "--storage",
         "memory:256M",
+        "--minimum",
+        "16M",
     ];
     let devices = devices.iter().map(|device| device.as_os_str());
     let more = more.iter().copied();
@@ -170,12 +172,11 @@ fn read_image(daemon: &Daemon, snapshot: &Value, number: usize) -> Result<Vec<u8
 }
 
 fn same(found: &[u8], expected: &[u8], what: &str) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
     let differs = found.iter().zip(expected).position(|(a, b)| a != b);
-    ensure!(
-        found.len() == expected.len() && differs.is_none(),
-        "{what}: wrong byte at {differs:?}"
-    );
-    Ok(())
+    bail!("{what}: wrong byte at {differs:?}")
 }
 
 /// How many programs of gates there are, by the name of the first copy.
@@ -353,6 +354,10 @@ fn a_killed_agent_lets_writers_go_on() -> Result<()> {
         daemon.kill()?;
         busy.wait_for(20)?;
         daemon.launch(&daemon_options())?;
+        ensure!(
+            !alias_of(&disk).exists(),
+            "a partition of the agent before is left"
+        );
         let shown = daemon.json(["snapshot", "info", id(&taken)?])?;
         ensure!(shown["state"] == "corrupted", "{shown}");
         let reason = shown["reason"].as_str().unwrap_or_default();
@@ -483,4 +488,28 @@ fn what_can_not_be_held_is_refused() -> Result<()> {
     );
     daemon.run(["snapshot", "destroy", id(&chosen)?])?;
     busy.check()
+}
+
+/// A kernel that does not preempt enough is told to while there is a gate, and put back, also after a kill.
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn the_kernel_preempts_as_before() -> Result<()> {
+    lab::inside()?;
+    if fs::write("/sys/kernel/debug/sched/preempt", "voluntary").is_err() {
+        return lab::absent("a choice of preemption with voluntary");
+    }
+    let before = Preemption::now();
+    ensure!(!before.can_spin(), "{before:?}");
+    let mut daemon = start()?;
+    let part = partition(SIZE)?;
+    let taken = take(&daemon, &[&part], &[])?;
+    ensure!(Preemption::now() == Preemption::Full);
+    daemon.run(["snapshot", "destroy", id(&taken)?])?;
+    ensure!(Preemption::now() == before, "{:?}", Preemption::now());
+    take(&daemon, &[&part], &[])?;
+    ensure!(Preemption::now() == Preemption::Full);
+    daemon.kill()?;
+    daemon.launch(&daemon_options())?;
+    ensure!(Preemption::now() == before, "{:?}", Preemption::now());
+    Ok(())
 }

@@ -84,6 +84,10 @@ pub struct Holding {
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 500, value_parser = clap::value_parser!(u64).range(10..=15_000))]
     pub gate_deadline: u64,
 
+    /// Make the kernel preempt fully while there are gates, where it can change that and does not do so already
+    #[arg(long)]
+    pub gate_preempt: bool,
+
     /// Real-time priority (SCHED_FIFO) of the threads that such writes wait for, 1 to 99 [default: none]
     #[arg(long, value_name = "PRIORITY", value_parser = clap::value_parser!(u8).range(1..=99))]
     pub gate_priority: Option<u8>,

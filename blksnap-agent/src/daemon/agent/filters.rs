@@ -6,7 +6,7 @@ use super::Agent;
 use crate::control::error::{ApiError, Code};
 use crate::disk::BlockDevice;
 use crate::filter::dm;
-use crate::filter::gate::{Availability, GateOptions, Preemption};
+use crate::filter::gate::{Availability, GateOptions, Preemption, Switch};
 use crate::snapshot::{FilterKind, FilterWish};
 
 /// A filter, and why it was chosen if nobody named it.
@@ -36,7 +36,11 @@ impl GateCheck {
         if programs.is_ok() {
             let _ = self.0.set(());
         }
-        let preemption = Preemption::now();
+        let mut preemption = Preemption::now();
+        if !preemption.can_spin() && options.preempt.as_ref().is_some_and(Switch::can) {
+            // It will be as soon as there is a gate.
+            preemption = Preemption::Full;
+        }
         Availability { preemption, programs }.lacks()
     }
 }

@@ -1,7 +1,9 @@
 //! Metrics: the sample that `/metrics` shows.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use blksnap_common::gate::broken;
 use blksnap_common::track::OpKind;
 
 use super::super::doctor;
@@ -9,9 +11,12 @@ use super::Agent;
 use crate::cbt::{CbtMap, ResetReason};
 use crate::control::api::{Snapshot, SnapshotState};
 use crate::control::error::{ApiError, Code};
+use crate::filter::gate::Gate;
 use crate::filter::served::Served;
 use crate::snapshot::EventData;
-use crate::telemetry::metrics::{self, DeviceSample, HeldSample, Sample, ServedSample, TakeSample};
+use crate::telemetry::metrics::{
+    self, DeviceSample, GateSample, HeldSample, Sample, ServedSample, TakeSample,
+};
 
 /// Takes since the start.
 #[derive(Debug, Default)]
@@ -96,6 +101,7 @@ impl Agent {
             kernel: doctor::release(),
             devices,
             served: self.served_samples(),
+            gates: self.gate_samples(),
             held: self.held_samples(&snapshots),
             snapshots: SnapshotState::ALL
                 .iter()
@@ -122,6 +128,37 @@ impl Agent {
             }
         };
         self.served.all().iter().map(sample).collect()
+    }
+
+    fn gate_samples(&self) -> Vec<GateSample> {
+        let sample = |gate: &Arc<Gate>| {
+            let state = gate.state();
+            let last = state.hold_buckets.len() - 1;
+            GateSample {
+                device: gate.device().name.clone(),
+                // One whose counters can't be read is shown as one that nothing passed.
+                passed: gate.passed().unwrap_or_default(),
+                held: state.held,
+                hold_time: Duration::from_nanos(state.held_nanoseconds),
+                hold_times: state
+                    .hold_buckets
+                    .iter()
+                    .enumerate()
+                    .map(|(bucket, count)| {
+                        let bound = Duration::from_nanos(1 << (10 + bucket)).as_secs_f64();
+                        (if bucket == last { f64::INFINITY } else { bound }, *count)
+                    })
+                    .collect(),
+                bypassed: state.bypassed,
+                copies: state.copies,
+                preserved_bytes: gate.origin().counters().preserved_bytes,
+                broken: broken::CODES
+                    .iter()
+                    .map(|(code, bit)| (*code, state.broken & bit != 0))
+                    .collect(),
+            }
+        };
+        self.keeper.gates.all().iter().map(sample).collect()
     }
 
     fn held_samples(&self, snapshots: &[Snapshot]) -> Vec<HeldSample> {

@@ -40,7 +40,7 @@ use crate::control::stream::Reporter;
 use crate::cow::ChunkParams;
 use crate::disk::BlockDevice;
 use crate::filter::dm::DmOptions;
-use crate::filter::gate::Gates;
+use crate::filter::gate::{self, Gates, Switch};
 use crate::nbd::registry::Exports;
 use crate::nbd::server::Server;
 use crate::seal::{Seals, shutdown};
@@ -99,6 +99,9 @@ impl Agent {
         });
         let dm = DmOptions::new(config.seal.directory.join("dm"));
         let dm = Arc::new(DmKeeper::new(dm));
+        // Whether this one may or not: the one before may have been killed.
+        Switch::new(config.seal.directory.join("preempt"), boot.clone()).put_back();
+        gate::remove_left_aliases();
         let keeper = GateKeeper {
             gates: Arc::new(Gates::new(config.gate.clone())),
             chunks: config.chunks,

@@ -29,6 +29,7 @@
 mod error;
 mod image;
 mod object;
+mod preempt;
 mod serve;
 mod source;
 mod technique;
@@ -49,7 +50,8 @@ use crate::units::DeviceId;
 
 pub use error::GateError;
 pub use image::GateImage;
-pub use source::{Reading, Source};
+pub use preempt::Switch;
+pub use source::{Reading, Source, remove_left_aliases};
 pub use technique::{Availability, Preemption};
 
 use object::Object;
@@ -71,6 +73,8 @@ pub struct GateOptions {
     pub priority: Option<u8>,
     /// Copies of the waiting program, 1 to [`COPIES`]: writers that can wait on one CPU.
     pub copies: usize,
+    /// Makes the kernel preempt as it must while there are gates; none: it is as it is.
+    pub preempt: Option<Switch>,
     /// The kernel's type information.
     pub btf: PathBuf,
 }
@@ -83,6 +87,7 @@ impl Default for GateOptions {
             threads: 4,
             priority: None,
             copies: COPIES,
+            preempt: None,
             btf: PathBuf::from(KernelBtf::PATH),
         }
     }
@@ -183,7 +188,11 @@ impl Gates {
         let running = match standing.server.upgrade() {
             Some(running) => running,
             None => {
-                let started = Server::start(Object::load(&self.options)?, &self.options)?;
+                let switched = match &self.options.preempt {
+                    Some(switch) => switch.raise()?,
+                    None => None,
+                };
+                let started = Server::start(Object::load(&self.options)?, switched, &self.options)?;
                 standing.server = Arc::downgrade(&started);
                 started
             }

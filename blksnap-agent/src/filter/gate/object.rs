@@ -254,12 +254,14 @@ fn words_of(map: &Map, words: usize) -> Result<SharedWords, GateError> {
 fn prepare(options: &GateOptions) -> Result<Ebpf, GateError> {
     let load = |error: &dyn std::error::Error| GateError::Load(verdict(&one_line(error)));
     let globals = globals(&KernelBtf::read(&options.btf)?)?;
+    // Parsed once: that takes long.
+    let btf = Btf::from_sys_fs().map_err(|e| load(&e))?;
     let mut loader = EbpfLoader::new();
+    loader.btf(Some(&btf));
     for (name, value) in &globals {
         loader.override_global(name, value, true);
     }
     let mut ebpf = loader.load(OBJECT).map_err(|e| load(&e))?;
-    let btf = Btf::from_sys_fs().map_err(|e| load(&e))?;
     for (name, tracepoint) in AUDITORS {
         let program: &mut BtfTracePoint = program(&mut ebpf, name)?;
         program.load(tracepoint, &btf).map_err(|e| load(&e))?;

@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::object::{Loaded, Object, States, Word};
+use super::preempt::Switched;
 use super::source::Source;
 use super::{GateError, GateOptions};
 use crate::cow::{ChunkLayout, ChunkParams};
@@ -186,11 +187,17 @@ pub(super) struct Server {
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// Memory that has to be fetched again may be on the very device whose writers wait.
     _locked: Locked,
+    /// As before when everything else is gone.
+    _switched: Option<Switched>,
 }
 
 impl Server {
     /// Starts the threads.
-    pub(super) fn start(loaded: Loaded, options: &GateOptions) -> Result<Arc<Self>, GateError> {
+    pub(super) fn start(
+        loaded: Loaded,
+        switched: Option<Switched>,
+        options: &GateOptions,
+    ) -> Result<Arc<Self>, GateError> {
         let Loaded {
             object,
             requests,
@@ -211,6 +218,7 @@ impl Server {
             epoch,
             threads: Mutex::default(),
             _locked: Locked::touched(),
+            _switched: switched,
         });
         let watched = Arc::clone(&shared);
         server.spawn("blksnap-gate", move || watch(&watched, requests))?;

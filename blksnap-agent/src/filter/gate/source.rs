@@ -90,6 +90,30 @@ impl Drop for Alias {
     }
 }
 
+/// Takes back the partitions of ours that agents before have left. One that is in use stays.
+pub fn remove_left_aliases() {
+    for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !entry.path().join(alias_name(&name)).exists() {
+            continue;
+        }
+        let Ok(device) = BlockDevice::open(&Path::new("/dev").join(&name)) else {
+            continue;
+        };
+        if is_whole(&device) {
+            let removed = File::open(&device.path)
+                .and_then(|disk| ioctl::blkpg_delete(&disk, ALIAS).map_err(io::Error::from));
+            match removed {
+                Ok(()) => tracing::info!(
+                    disk = name,
+                    "a partition that an agent before has left is removed"
+                ),
+                Err(error) => tracing::debug!(disk = name, %error, "a partition of an agent stays"),
+            }
+        }
+    }
+}
+
 /// Whether the disk has a partition of our number from its first sector to its last.
 fn is_whole(device: &BlockDevice) -> bool {
     let of = |what: &str| -> Option<u64> {

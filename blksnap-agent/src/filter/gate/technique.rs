@@ -114,7 +114,7 @@ impl Availability {
         match &self.preemption {
             Preemption::Lazy | Preemption::Full => None,
             Preemption::Voluntary(mode) => Some(format!(
-                "preemption is {mode}; boot with preempt=full, or write full to /sys/kernel/debug/sched/preempt"
+                "preemption is {mode}; boot with preempt=full, or run the daemon with --gate-preempt"
             )),
             Preemption::Unknown => Some(
                 "how the kernel is preempted can't be read; mount debugfs on /sys/kernel/debug, or boot with preempt=full"

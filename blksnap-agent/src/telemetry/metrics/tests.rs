@@ -133,6 +133,15 @@ fn sample() -> Sample {
             preserved_bytes: 8192,
             queued: 3,
         }],
+        gates: vec![GateSample {
+            device: "sdb1".to_owned(),
+            passed: 40,
+            held: 3,
+            hold_times: vec![(1e-6, 1), (f64::INFINITY, 2)],
+            bypassed: 1,
+            broken: vec![("bypassed", true), ("deadline", false)],
+            ..GateSample::default()
+        }],
         held: vec![HeldSample {
             snapshot: "one".to_owned(),
             used_bytes: 4096,
