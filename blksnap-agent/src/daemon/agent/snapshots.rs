@@ -401,7 +401,8 @@ impl Agent {
                 }
                 Content::Copy(_) => None,
             });
-            told.or_else(|| Some(format!("old data could not be kept: {error}")))
+            let why = told.map(|why| format!("; {why}")).unwrap_or_default();
+            Some(format!("old data could not be kept: {error}{why}"))
         });
         api::Snapshot {
             id: info.id,
