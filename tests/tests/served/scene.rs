@@ -198,12 +198,13 @@ impl Scene {
     pub(crate) fn errno(&self, method: &str, path: &str, body: &Value) -> Result<i64> {
         let body = body.to_string();
         let mut stream = UnixStream::connect(self.daemon.control_socket())?;
-        write!(
-            stream,
+        // In one piece: to who asks by GET the answer may come, and the end, before the body was read.
+        let request = format!(
             "{method} {path} HTTP/1.1\r\nHost: blksnap\r\nConnection: close\r\n\
              Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
-        )?;
+        );
+        stream.write_all(request.as_bytes())?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         let (from, to) = answer.find('{').zip(answer.rfind('}')).context(answer.clone())?;
