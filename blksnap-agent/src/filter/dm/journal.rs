@@ -162,7 +162,7 @@ mod tests {
         let entry = |number: u128| Entry {
             snapshot: SnapshotId::new(Uuid::from_u128(number)),
             boot: boot_id().unwrap(),
-            taken: number % 2 == 0,
+            taken: number.is_multiple_of(2),
             origins: vec![OriginEntry {
                 device: DeviceId { major: 253, minor: 1 },
                 name: "vg-root".to_owned(),
