@@ -19,7 +19,7 @@ pub enum Condition {
     Whole,
     /// The storage was full.
     Full,
-    /// The kernel gave it up: storage or origin failed.
+    /// The kernel gave it up, and did not say why: storage or origin failed, or the storage became full at once.
     Failed,
     /// The table of the origin is not ours: what was written since may have passed the image by.
     Swapped,
@@ -34,7 +34,9 @@ impl Condition {
         match self {
             Self::Whole => "",
             Self::Full => "the difference storage is full",
-            Self::Failed => "the kernel gave the image up: its difference storage or its device failed",
+            Self::Failed => {
+                "the kernel gave the image up: its difference storage was full, or it or the device failed"
+            }
             Self::Swapped => {
                 "the table of the device was changed by somebody else while the snapshot was held"
             }
