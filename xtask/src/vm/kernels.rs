@@ -25,6 +25,47 @@ pub(crate) struct Kernel {
     pub(crate) modules: Option<Modules>,
     /// More of the command line, by the name's own suffix.
     pub(crate) append: String,
+    /// Processors, by a suffix such as `+4cpus`.
+    pub(crate) cpus: Option<u32>,
+    /// Memory in MiB, by a suffix such as `+512m`.
+    pub(crate) memory_mib: Option<u32>,
+}
+
+/// What the suffixes of a kernel's name say of its guest.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Suffixes {
+    append: String,
+    cpus: Option<u32>,
+    memory_mib: Option<u32>,
+}
+
+impl Suffixes {
+    /// Takes one in; `false` if it is none.
+    fn add(&mut self, suffix: &str) -> bool {
+        let number = |unit: &str| suffix.strip_suffix(unit)?.parse::<u32>().ok().filter(|n| *n > 0);
+        if ["full", "lazy", "voluntary", "none"].contains(&suffix) {
+            self.append = format!("preempt={suffix}");
+        } else if let Some(cpus) = number("cpus").or_else(|| number("cpu")) {
+            self.cpus = Some(cpus);
+        } else if let Some(memory) = number("m") {
+            self.memory_mib = Some(memory);
+        } else {
+            return false;
+        }
+        true
+    }
+
+    /// The name without them.
+    fn of(wanted: &str) -> (&str, Self) {
+        let (mut name, mut suffixes) = (wanted, Self::default());
+        while let Some((rest, suffix)) = name.rsplit_once('+') {
+            if !suffixes.add(suffix) {
+                break;
+            }
+            name = rest;
+        }
+        (name, suffixes)
+    }
 }
 
 /// Modules of a kernel, unpacked.
@@ -61,19 +102,16 @@ pub(crate) const IMAGE: &str = "vmlinux";
 
 /// Finds the kernel `wanted`, and fetches or builds it if need be: a series of Debian, `fei`, or a path. `NAME+full`,
 /// `NAME+lazy`, `NAME+voluntary` and `NAME+none` say how the kernel is to be preempted. With `update` the mirror is asked
-/// for a newer one.
+/// for a newer one. `+1cpu`, `+4cpus` and `+512m` say how many processors and how many MiB the guest has.
 pub(crate) fn find(wanted: &str, update: bool) -> Result<Kernel> {
-    let (name, append) = match wanted.rsplit_once('+') {
-        Some((name, how)) if ["full", "lazy", "voluntary", "none"].contains(&how) => {
-            (name, format!("preempt={how}"))
-        }
-        _ => (wanted, String::new()),
-    };
+    let (name, suffixes) = Suffixes::of(wanted);
     let kernel = |image, modules| Kernel {
         name: wanted.to_owned(),
         image,
         modules,
-        append,
+        append: suffixes.append,
+        cpus: suffixes.cpus,
+        memory_mib: suffixes.memory_mib,
     };
     if let Some(series) = debian::series(name) {
         let _lock = lock()?;
@@ -180,6 +218,19 @@ mod tests {
             error.contains("5.10") && error.contains("6.12") && error.contains("fei"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn suffixes_say_what_the_guest_is_like() {
+        let (name, suffixes) = Suffixes::of("6.1+full+4cpus+512m");
+        assert_eq!(name, "6.1");
+        assert_eq!(suffixes.append, "preempt=full");
+        assert_eq!((suffixes.cpus, suffixes.memory_mib), (Some(4), Some(512)));
+        assert_eq!(Suffixes::of("7.2"), ("7.2", Suffixes::default()));
+        assert_eq!(Suffixes::of("7.2+1cpu").1.cpus, Some(1));
+        for none in ["a+b", "7.2+0cpus", "7.2+m"] {
+            assert_eq!(Suffixes::of(none), (none, Suffixes::default()));
+        }
     }
 
     #[test]

@@ -45,7 +45,13 @@ const LONG: &str = "6.1,6.12,7.2,7.2+full,fei";
 const ORACLE_WRITES: (&str, &str) = ("BLKSNAP_ORACLE_WRITES", "4000");
 
 /// Variables that a guest's tests have from here.
-const PASSED_ON: [&str; 2] = ["BLKSNAP_SEED", "RUST_LOG"];
+const PASSED_ON: [&str; 5] = [
+    "BLKSNAP_SEED",
+    "RUST_LOG",
+    "BLKSNAP_GATE_KILLS",
+    "BLKSNAP_GATE_SECONDS",
+    "BLKSNAP_GATE_TAKES",
+];
 
 /// Where the results are kept beside the code, relative to the workspace.
 pub(crate) const KEPT: &str = "tests/lab/results.json";
@@ -321,8 +327,8 @@ impl Guest<'_> {
         }
         Machine {
             kernel: self.kernel.clone(),
-            cpus: 2,
-            memory_mib: 2048,
+            cpus: self.kernel.cpus.unwrap_or(2),
+            memory_mib: self.kernel.memory_mib.unwrap_or(2048),
             disks: vec![
                 scratch(Bus::Virtio, if is_lab { 1024 } else { 4096 }),
                 scratch(Bus::Virtio, 1024),

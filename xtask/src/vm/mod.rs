@@ -166,10 +166,11 @@ impl Arguments {
             Some((name, value)) => (name.to_owned(), value.to_owned()),
             None => (text.clone(), env::var(text).unwrap_or_default()),
         };
+        let kernel = kernels::find(&self.kernel, self.update)?;
         Ok(Machine {
-            kernel: kernels::find(&self.kernel, self.update)?,
-            cpus: self.cpus,
-            memory_mib: self.mem,
+            cpus: kernel.cpus.unwrap_or(self.cpus),
+            memory_mib: kernel.memory_mib.unwrap_or(self.mem),
+            kernel,
             disks,
             shares: self.share.iter().map(share).collect::<Result<_>>()?,
             append: self.append.clone(),
