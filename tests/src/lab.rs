@@ -3,11 +3,15 @@
 //!
 //! The disks are the guest's own scratch disks; nothing here gives one outside of a guest.
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use blksnap_agent::sys::ioctl;
 
 use crate::run;
 
@@ -115,4 +119,102 @@ pub fn virtio(number: u8) -> Result<PathBuf> {
     let disk = PathBuf::from(format!("/dev/vd{}", char::from(b'a' + number)));
     ensure!(disk.exists(), "the guest has no {}", disk.display());
     Ok(disk)
+}
+
+/// Partition `number` of `disk`, from byte `start` on, `length` bytes long; one that a test before has left goes.
+/// No partition table is written.
+///
+/// # Errors
+/// It is in use, or the kernel makes no node.
+pub fn partition(disk: &Path, number: u8, start: u64, length: u64) -> Result<PathBuf> {
+    inside()?;
+    let table = File::open(disk)?;
+    // There may be none.
+    let _ = ioctl::blkpg_delete(&table, number.into());
+    ioctl::blkpg_add(&table, number.into(), start, length)
+        .with_context(|| format!("add partition {number} to {}", disk.display()))?;
+    let node = PathBuf::from(format!("{}{number}", disk.display()));
+    let started = Instant::now();
+    while !node.exists() {
+        ensure!(
+            started.elapsed() < Duration::from_secs(20),
+            "no {}",
+            node.display()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(node)
+}
+
+/// What the kernel says from now on.
+#[derive(Debug)]
+pub struct KernelLog(File);
+
+/// What it says when something is wrong with it, or with a disk.
+const COMPLAINTS: [&str; 12] = [
+    "WARNING:",
+    "BUG:",
+    "Oops",
+    "blocked for more than",
+    "soft lockup",
+    "hard LOCKUP",
+    "stall on CPU",
+    "detected stall",
+    "detected expedited stall",
+    "circular locking",
+    "inconsistent lock state",
+    "I/O error",
+];
+
+impl KernelLog {
+    /// From here on.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn follow() -> Result<Self> {
+        let mut log = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/kmsg")?;
+        log.seek(SeekFrom::End(0))?;
+        Ok(Self(log))
+    }
+
+    /// Makes sure that the kernel did not complain since: no task that hangs, no stall, no lock taken in a wrong order,
+    /// no defect of its own, no error of a disk.
+    ///
+    /// # Errors
+    /// What it said.
+    pub fn is_quiet(&mut self) -> Result<()> {
+        let bad = self
+            .lines()?
+            .into_iter()
+            .filter(|line| COMPLAINTS.iter().any(|word| line.contains(word)))
+            .collect::<Vec<_>>();
+        ensure!(bad.is_empty(), "the kernel complains: {}", bad.join("; "));
+        Ok(())
+    }
+
+    /// The messages since the last look.
+    ///
+    /// # Errors
+    /// They can't be read.
+    pub fn lines(&mut self) -> Result<Vec<String>> {
+        let mut lines = Vec::new();
+        let mut record = vec![0; 16 << 10];
+        loop {
+            match self.0.read(&mut record) {
+                Ok(0) => return Ok(lines),
+                Ok(length) => {
+                    let text = String::from_utf8_lossy(&record[..length]);
+                    let message = text.split_once(';').map_or(text.as_ref(), |(_, message)| message);
+                    lines.push(message.lines().next().unwrap_or_default().to_owned());
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(lines),
+                // Some were overwritten before they were read: the next read goes on after them.
+                Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
+                Err(error) => return Err(error).context("read the kernel's log"),
+            }
+        }
+    }
 }

@@ -13,7 +13,7 @@ use blksnap_agent::disk::{BlockDevice, Disk};
 use blksnap_agent::engine::cow::{Broken, DiffStorage, Image, Promise, Store, StoreOptions};
 use blksnap_agent::filter::gate::{Availability, Gate, GateOptions, Gates, Member, Preemption};
 use blksnap_agent::storage::{Pool, PoolOptions, StorageSpec};
-use blksnap_agent::sys::{AlignedBuffer, ioctl};
+use blksnap_agent::sys::AlignedBuffer;
 use blksnap_tests::{lab, seed};
 use rand::rngs::StdRng;
 use rand::{Rng as _, RngCore as _, SeedableRng as _};
@@ -23,22 +23,7 @@ const PIECE: usize = 1 << 20;
 
 /// A partition of `length` bytes on the guest's first disk.
 pub(crate) fn partition(length: u64) -> Result<PathBuf> {
-    let disk = lab::virtio(0)?;
-    let table = File::open(&disk)?;
-    // One that a test before has left.
-    let _ = ioctl::blkpg_delete(&table, 1);
-    ioctl::blkpg_add(&table, 1, MIB, length)?;
-    let node = PathBuf::from(format!("{}1", disk.display()));
-    let started = Instant::now();
-    while !node.exists() {
-        ensure!(
-            started.elapsed() < Duration::from_secs(20),
-            "no {}",
-            node.display()
-        );
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(node)
+    lab::partition(&lab::virtio(0)?, 1, MIB, length)
 }
 
 /// Makes sure that writers can wait here; a kernel that can change how it is preempted is told to.
