@@ -48,11 +48,13 @@ pub enum ResetReason {
     StateVersion,
     /// Nothing proves that the device was not written while it was not tracked.
     ContinuityUnproven,
+    /// A write that was under way at an instant could not be followed until it landed.
+    NotFollowed,
 }
 
 impl ResetReason {
     /// All reasons.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::NewAttach,
         Self::Requested,
         Self::Wrapped,
@@ -71,6 +73,7 @@ impl ResetReason {
         Self::StateDamaged,
         Self::StateVersion,
         Self::ContinuityUnproven,
+        Self::NotFollowed,
     ];
 
     /// The stable code, as in JSON and metric labels.
@@ -95,6 +98,7 @@ impl ResetReason {
             Self::StateDamaged => "state_damaged",
             Self::StateVersion => "state_version",
             Self::ContinuityUnproven => "continuity_unproven",
+            Self::NotFollowed => "not_followed",
         }
     }
 }
@@ -120,6 +124,7 @@ impl fmt::Display for ResetReason {
             Self::StateDamaged => "the saved tracking state is damaged or missing",
             Self::StateVersion => "the saved tracking state has an unknown version",
             Self::ContinuityUnproven => "writes while the device was not tracked can't be ruled out",
+            Self::NotFollowed => "a write under way at a take could not be followed until it landed",
         })
     }
 }

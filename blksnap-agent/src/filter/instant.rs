@@ -10,6 +10,10 @@
 //! for the end of all of these. So the periods are closed before, and at the instant the open bitmaps are only read: what
 //! they have belongs to the map of this take. They stay open, so the next difference has it as well, and a backup may
 //! be larger than it must, never wrong.
+//!
+//! # Writes under way
+//! What is marked before the close and lands after the instant is marked again by [`Follow`], in the open bitmap, and so
+//! is in the next difference.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,7 +24,7 @@ use super::converge::{Consistency, ConvergeError, FreezeHook, Limits, Stage, Tra
 use crate::cbt::{ReadMap, Taken};
 use crate::disk::{FileSystems, Freezer};
 use crate::engine::CancelToken;
-use crate::tracker::{TrackedDevice, TrackerError};
+use crate::tracker::{Follow, TrackedDevice, TrackerError};
 
 /// How a take is made.
 #[derive(Clone, Copy, Debug)]
@@ -60,12 +64,18 @@ pub fn take<E: From<ConvergeError>>(
     terms: &Terms<'_>,
     arm: impl FnOnce(&mut dyn FnMut() -> Result<(), ConvergeError>) -> Result<(), E>,
 ) -> Result<Vec<Moment>, E> {
+    check(terms)?;
+    let mut followed = devices
+        .iter()
+        .map(Follow::start)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(ConvergeError::from)?;
     let mut freezer = prepare(devices, terms)?;
     let turn = Turn::wait(|| check(terms))?;
-    for device in devices {
+    for (device, follow) in devices.iter().zip(&mut followed) {
         // What others wait for ends before the freeze: little is left to be written, and little to be marked twice.
         device.sync_node().map_err(ConvergeError::from)?;
-        device.close_period().map_err(ConvergeError::from)?;
+        follow.close_period().map_err(ConvergeError::from)?;
     }
     let told = tell(devices, terms, Stage::Freeze);
     let outcome = match told {
@@ -77,6 +87,7 @@ pub fn take<E: From<ConvergeError>>(
     }
     let (takes, duration) = outcome?;
     drop(turn);
+    followed.into_iter().for_each(Follow::end);
     for device in devices {
         // Nobody is told of a number that the next agent could give again.
         device.save().map_err(ConvergeError::from)?;
@@ -95,7 +106,6 @@ pub fn take<E: From<ConvergeError>>(
 }
 
 fn prepare(devices: &[Arc<TrackedDevice>], terms: &Terms<'_>) -> Result<Freezer, ConvergeError> {
-    check(terms)?;
     let nodes: Vec<_> = devices.iter().map(|device| device.device()).collect();
     let mut freezer = Freezer::new(FileSystems::on(&nodes)?, terms.limits.watchdog.clone());
     freezer.arm()?;

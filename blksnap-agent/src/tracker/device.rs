@@ -429,6 +429,13 @@ impl TrackedDevice {
         })
     }
 
+    /// Writes that the ledger could not enter, and, unless the driver tells the sectors of what completes
+    /// (`requests`), completions that it knows nothing of. Counted since the tracker started.
+    pub(super) fn unfollowed(&self, requests: bool) -> u64 {
+        let seen = self.shared.slot_state(self.slot.id);
+        seen.ledger_lost + if requests { 0 } else { seen.unknown_completions }
+    }
+
     /// Capacity that the kernel reports now.
     ///
     /// # Errors
