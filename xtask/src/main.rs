@@ -61,7 +61,8 @@ enum Command {
     },
     /// Run every test (root: they make loop devices and load eBPF programs), or with --vm those of the lab, in guests
     Test(test::Arguments),
-    /// Measure the agent on devices made for it (root): `track`, of it `storm` and `idle`, `converge`, and `nbd`; everything without a NAME
+    /// Measure the agent on devices made for it (root): `track`, of it `storm` and `idle`, `converge`, `cow`, `nbd`;
+    /// everything without a NAME. `gate [--kernel NAME]` runs in a guest (see `vm`), and only if it is named
     Bench {
         /// Arguments of the benchmark: `[NAME]... [--output json]`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "NAME")]
@@ -119,6 +120,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::Run { release, args } if args.is_empty() => run::tool(profile(release), "blksnap-demo", &[]),
         Command::Run { release, args } => run::agent(profile(release), &args),
         Command::Test(arguments) => test::run(&arguments),
+        Command::Bench { args } if vm::bench::is_asked(&args) => return vm::bench::run(&args),
         Command::Bench { args } => run::tool(Profile::Release, "blksnap-bench", &args),
         Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Vm(arguments) => return vm::run(&arguments),

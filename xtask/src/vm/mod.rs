@@ -3,6 +3,7 @@
 //! [`kernels`] finds and fetches kernels, [`initramfs`] makes what the guest starts with, [`machine`] runs it, and
 //! [`matrix`] does so with test binaries on several kernels.
 
+pub(crate) mod bench;
 mod debian;
 mod elf;
 mod fei;

@@ -7,6 +7,7 @@
 mod converge;
 mod cow;
 mod cow_space;
+mod gate;
 mod idle;
 mod issue;
 mod nbd;
@@ -39,7 +40,7 @@ struct Arguments {
     /// Form of the answer
     #[arg(long, value_name = "FORM", default_value = "text")]
     output: Output,
-    /// Of `storm`, `idle` and `cow` one round, the storm a hundredth as long: whether it works, no figures to rely on
+    /// Of `storm`, `idle`, `cow` and `gate` one round, the storm a hundredth as long: whether it works, no figures to rely on
     #[arg(long)]
     short: bool,
 }
@@ -60,6 +61,8 @@ enum Group {
     CowSpace,
     /// The NBD server beside qemu-nbd and nbdkit
     Nbd,
+    /// Writes that the gate holds, beside dm-snapshot; in a guest, and only if it is named
+    Gate,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -152,6 +155,9 @@ fn measure(arguments: &Arguments) -> Result<Report> {
     }
     if wanted(Group::Nbd) {
         nbd::measure(&mut bench, arguments.only.as_deref())?;
+    }
+    if groups.contains(&Group::Gate) {
+        gate::measure(&mut bench)?;
     }
     Ok(bench.report)
 }

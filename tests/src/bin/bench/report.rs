@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 /// A figure with its samples.
 struct Figure {
-    name: &'static str,
+    name: String,
     /// What it is compared with.
     aim: &'static str,
     command: String,
@@ -45,10 +45,10 @@ impl Report {
     ///
     /// # Panics
     /// There are no samples.
-    pub(crate) fn add(&mut self, name: &'static str, aim: &'static str, command: String, samples: Vec<f64>) {
+    pub(crate) fn add(&mut self, name: &str, aim: &'static str, command: String, samples: Vec<f64>) {
         assert!(!samples.is_empty(), "{name} was not measured");
         self.figures.push(Figure {
-            name,
+            name: name.to_owned(),
             aim,
             command,
             samples,
@@ -82,9 +82,9 @@ impl Report {
         let mut object = Map::new();
         let mut samples = Map::new();
         for figure in &self.figures {
-            object.insert(figure.name.to_owned(), json!(figure.median()));
+            object.insert(figure.name.clone(), json!(figure.median()));
             samples.insert(
-                figure.name.to_owned(),
+                figure.name.clone(),
                 json!({"samples": figure.samples, "command": figure.command, "aim": figure.aim}),
             );
         }
