@@ -50,6 +50,10 @@ pub struct DaemonOptions {
     pub arguments: Vec<OsString>,
     /// More environment.
     pub environment: Vec<(OsString, OsString)>,
+    /// Another program in place of the agent, which starts it.
+    pub binary: Option<PathBuf>,
+    /// Where its directory is to be; that of temporary files without.
+    pub parent: Option<PathBuf>,
 }
 
 /// What a command of the agent answered.
@@ -99,11 +103,19 @@ impl Daemon {
     /// # Errors
     /// The agent does not start; its log is in the message.
     pub fn with_options(options: &DaemonOptions) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("blksnap-run-").tempdir()?;
+        let mut name = tempfile::Builder::new();
+        name.prefix("blksnap-run-");
+        let directory = match &options.parent {
+            Some(parent) => name.tempdir_in(parent)?,
+            None => name.tempdir()?,
+        };
         let mut daemon = Self {
             child: None,
             notify: None,
-            binary: agent_binary()?,
+            binary: match &options.binary {
+                Some(binary) => binary.clone(),
+                None => agent_binary()?,
+            },
             directory,
         };
         daemon.launch(options)?;

@@ -22,6 +22,7 @@ pub struct Writer {
     stop: Arc<AtomicBool>,
     writes: Arc<AtomicU64>,
     held: Arc<AtomicBool>,
+    failed: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -40,13 +41,25 @@ impl Writer {
     #[must_use]
     pub fn files(directory: &Path, seed: u64) -> Self {
         let directory = directory.to_owned();
-        Self::start(seed, move |rng| {
+        let failed = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&failed);
+        let mut writer = Self::start(seed, move |rng| {
             let path = directory.join(format!("file{}", rng.random_range(0..12)));
             // Whatever a step is refused (no space, no support), the next one is another one.
-            let _ = step(&path, rng);
+            if step(&path, rng).is_err_and(|error| error.raw_os_error() == Some(libc::EIO)) {
+                counter.fetch_add(1, Ordering::AcqRel);
+            }
             // One core is not enough for the writers, the device and the copy.
             std::thread::sleep(Duration::from_micros(rng.random_range(0..2000)));
-        })
+        });
+        writer.failed = failed;
+        writer
+    }
+
+    /// Steps of a writer of files that an error of the disk ended (`EIO`).
+    #[must_use]
+    pub fn errors(&self) -> u64 {
+        self.failed.load(Ordering::Acquire)
     }
 
     /// Writes to `node` past the page cache, in bursts.
@@ -110,6 +123,7 @@ impl Writer {
             stop,
             writes,
             held: Arc::default(),
+            failed: Arc::default(),
             thread: Some(thread),
         }
     }

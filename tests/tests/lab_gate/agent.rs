@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use blksnap_agent::filter::gate::Preemption;
+use blksnap_tests::lab::KernelLog;
 use blksnap_tests::nbd::{Client, Framing};
 use blksnap_tests::{Daemon, DaemonOptions, Writer, lab, run, seed, unmount};
 use serde_json::Value;
@@ -23,7 +24,7 @@ const SIZE: u64 = 24 * MIB;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A number that the caller of the lab may raise.
-fn rounds(variable: &str, default: u32) -> u32 {
+pub(crate) fn rounds(variable: &str, default: u32) -> u32 {
     std::env::var(variable)
         .ok()
         .and_then(|text| text.parse().ok())
@@ -31,7 +32,7 @@ fn rounds(variable: &str, default: u32) -> u32 {
 }
 
 /// A mounted ext4 with a writer of files. Unmounted when dropped.
-struct Busy {
+pub(crate) struct Busy {
     node: PathBuf,
     directory: TempDir,
     writer: Option<Writer>,
@@ -39,7 +40,7 @@ struct Busy {
 }
 
 impl Busy {
-    fn new(node: &Path, seed: u64) -> Result<Self> {
+    pub(crate) fn new(node: &Path, seed: u64) -> Result<Self> {
         run(
             "mkfs.ext4",
             [
@@ -67,14 +68,29 @@ impl Busy {
         self.writer = Some(writer);
     }
 
-    fn wait_for(&self, writes: u64) -> Result<()> {
+    pub(crate) fn wait_for(&self, writes: u64) -> Result<()> {
         self.writer.as_ref().context("a writer")?.wait_for(writes);
         Ok(())
     }
 
+    /// The writers make so many steps more, in this time.
+    pub(crate) fn goes_on(&self, writes: u64, patience: Duration) -> Result<()> {
+        let writer = self.writer.as_ref().context("a writer")?;
+        let (goal, started) = (writer.writes() + writes, Instant::now());
+        while writer.writes() < goal {
+            ensure!(
+                started.elapsed() < patience,
+                "a writer waits, and nobody lets it go on"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
     /// No file system suffered.
-    fn check(mut self) -> Result<()> {
-        self.writer = None;
+    pub(crate) fn check(mut self) -> Result<()> {
+        let errors = self.writer.take().context("a writer")?.errors();
+        ensure!(errors == 0, "{errors} writes failed");
         unmount(self.directory.path())?;
         self.mounted = false;
         run("fsck.ext4", [OsStr::new("-fn"), self.node.as_os_str()])?;
@@ -92,7 +108,7 @@ impl Drop for Busy {
 }
 
 /// Makes the kernel one that can have writers wait, if it can be changed.
-fn prepare() -> Result<()> {
+pub(crate) fn prepare() -> Result<()> {
     lab::inside()?;
     if !Preemption::now().can_spin() {
         let _ = fs::write("/sys/kernel/debug/sched/preempt", "full");
@@ -105,7 +121,7 @@ fn prepare() -> Result<()> {
 }
 
 /// In an emulated guest time runs in jerks.
-fn daemon_options() -> DaemonOptions {
+pub(crate) fn daemon_options() -> DaemonOptions {
     DaemonOptions {
         arguments: vec!["--gate-deadline=10000".into(), "--gate-preempt".into()],
         ..DaemonOptions::default()
@@ -136,13 +152,18 @@ fn frozen(daemon: &Daemon, device: &Path) -> Result<Vec<u8>> {
 }
 
 fn take(daemon: &Daemon, devices: &[&Path], more: &[&OsStr]) -> Result<Value> {
+    take_on(daemon, devices, "memory:256M", more)
+}
+
+/// Takes them, with old data kept in `storage`.
+pub(crate) fn take_on(daemon: &Daemon, devices: &[&Path], storage: &str, more: &[&OsStr]) -> Result<Value> {
     let command = [
         "snapshot",
         "create",
         "--filter",
         "gate",
         "--storage",
-        "memory:256M",
+        storage,
         "--minimum",
         "16M",
     ];
@@ -153,12 +174,24 @@ fn take(daemon: &Daemon, devices: &[&Path], more: &[&OsStr]) -> Result<Value> {
     Ok(taken)
 }
 
-fn id(snapshot: &Value) -> Result<&str> {
+pub(crate) fn id(snapshot: &Value) -> Result<&str> {
     snapshot["id"].as_str().context("an id")
 }
 
+/// Waits for the event that says that a snapshot is lost; others come before it.
+pub(crate) fn corrupted(daemon: &Daemon, snapshot: &str) -> Result<Value> {
+    let started = Instant::now();
+    while started.elapsed() < PATIENCE {
+        let event = daemon.json(["snapshot", "wait", snapshot, "--timeout", "60000"])?;
+        if event["event"] == "corrupted" {
+            return Ok(event);
+        }
+    }
+    bail!("no event says that {snapshot} is lost")
+}
+
 /// The first bytes of image `number`, read over NBD.
-fn read_image(daemon: &Daemon, snapshot: &Value, number: usize) -> Result<Vec<u8>> {
+pub(crate) fn read_image(daemon: &Daemon, snapshot: &Value, number: usize) -> Result<Vec<u8>> {
     let export = snapshot["devices"][number]["image"]["export"]
         .as_str()
         .context("an export")?;
@@ -180,7 +213,7 @@ fn same(found: &[u8], expected: &[u8], what: &str) -> Result<()> {
 }
 
 /// How many programs of gates there are, by the name of the first copy.
-fn attached() -> usize {
+pub(crate) fn attached() -> usize {
     aya::programs::loaded_programs()
         .filter_map(Result::ok)
         .filter(|program| {
@@ -191,7 +224,7 @@ fn attached() -> usize {
         .count()
 }
 
-fn nothing_is_left(alias: &Path) -> Result<()> {
+pub(crate) fn nothing_is_left(alias: &Path) -> Result<()> {
     let started = Instant::now();
     // The kernel frees programs some time after they are detached.
     while attached() > 0 {
@@ -202,7 +235,7 @@ fn nothing_is_left(alias: &Path) -> Result<()> {
     Ok(())
 }
 
-fn alias_of(disk: &Path) -> PathBuf {
+pub(crate) fn alias_of(disk: &Path) -> PathBuf {
     PathBuf::from(format!("{}255", disk.display()))
 }
 
@@ -348,9 +381,12 @@ fn a_killed_agent_lets_writers_go_on() -> Result<()> {
     let mut daemon = start()?;
     let disk = lab::virtio(1)?;
     let busy = Busy::new(&disk, seed)?;
-    for round in 0..rounds("BLKSNAP_GATE_KILLS", 3) {
+    let mut log = KernelLog::follow()?;
+    let started = Instant::now();
+    for round in 0..rounds("BLKSNAP_GATE_AGENT_KILLS", 3) {
+        println!("kill {round} after {:?}", started.elapsed());
         let taken = take(&daemon, &[&disk], &[])?;
-        busy.wait_for(u64::from(round) * 3)?;
+        busy.wait_for(u64::from(round % 8) * 3)?;
         daemon.kill()?;
         busy.wait_for(20)?;
         daemon.launch(&daemon_options())?;
@@ -368,6 +404,7 @@ fn a_killed_agent_lets_writers_go_on() -> Result<()> {
     let taken = take(&daemon, &[&disk], &[])?;
     daemon.run(["snapshot", "destroy", id(&taken)?])?;
     nothing_is_left(&alias_of(&disk))?;
+    log.is_quiet()?;
     busy.check()
 }
 
@@ -385,7 +422,7 @@ fn a_silent_agent_loses_the_snapshot_and_nothing_else() -> Result<()> {
     run("kill", ["-STOP", &pid])?;
     busy.wait_for(40)?;
     run("kill", ["-CONT", &pid])?;
-    let event = daemon.json(["snapshot", "wait", id(&taken)?, "--timeout", "60000"])?;
+    let event = corrupted(&daemon, id(&taken)?)?;
     ensure!(event.to_string().contains("no longer held"), "{event}");
     let shown = daemon.json(["snapshot", "info", id(&taken)?])?;
     ensure!(shown["state"] == "corrupted", "{shown}");
@@ -413,8 +450,10 @@ fn takes_and_releases_leave_nothing() -> Result<()> {
     let daemon = start()?;
     let (part, disk) = (partition(SIZE)?, lab::virtio(1)?);
     let busy = [Busy::new(&part, seed)?, Busy::new(&disk, seed ^ 1)?];
+    let mut log = KernelLog::follow()?;
     let mut counts = Vec::new();
-    for _ in 0..rounds("BLKSNAP_GATE_TAKES", 20) {
+    let started = Instant::now();
+    for _ in 0..rounds("BLKSNAP_GATE_TAKES", 10) {
         let taken = take(&daemon, &[&part, &disk], &[])?;
         busy[0].wait_for(2)?;
         let shown = daemon.json(["snapshot", "info", id(&taken)?])?;
@@ -426,10 +465,17 @@ fn takes_and_releases_leave_nothing() -> Result<()> {
             Ok(fs::read_dir(format!("/proc/{pid}/{what}"))?.count())
         };
         counts.push((of_process("fd")?, of_process("task")?));
+        println!(
+            "round {}: {:?} after {:?}",
+            counts.len(),
+            counts.last(),
+            started.elapsed()
+        );
     }
     println!("descriptors and threads: {counts:?}");
     let (early, late) = (counts[counts.len() / 2], counts[counts.len() - 1]);
     ensure!(late.0 <= early.0 + 4 && late.1 <= early.1 + 4, "{counts:?}");
+    log.is_quiet()?;
     for one in busy {
         one.check()?;
     }

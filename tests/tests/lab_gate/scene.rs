@@ -94,6 +94,11 @@ impl Scene {
     pub(crate) fn new(node: &Path, options: GateOptions) -> Result<Self> {
         lab::inside()?;
         need_gate(&options)?;
+        Self::without_preemption(node, options)
+    }
+
+    /// As [`Scene::new`], on a kernel on which writers may wait in vain.
+    pub(crate) fn without_preemption(node: &Path, options: GateOptions) -> Result<Self> {
         let seed = seed("gate");
         let device = BlockDevice::open(node)?;
         // Of a large disk the beginning is enough.

@@ -28,7 +28,7 @@ pub(crate) enum Load {
     Fsyncs(u32),
     /// Writers of files, and one who needs more memory than there is, with swap on another partition of the disk.
     Swap,
-    /// A writer of files who dirties twice the memory.
+    /// A writer of files through the page cache who dirties more than the memory bears.
     Dirty,
 }
 
@@ -52,7 +52,7 @@ impl Fio {
         }
     }
 
-    fn start(&self, target: &str, seed: u64, time: Option<Duration>) -> Result<Program> {
+    fn start(&self, target: &str, seed: u64, time: Duration) -> Result<Program> {
         let mut command = Command::new("fio");
         command.args([
             "--name=load",
@@ -70,10 +70,8 @@ impl Fio {
         command.arg(format!("--iodepth={}", self.depth));
         command.arg(format!("--numjobs={}", self.jobs));
         command.arg(format!("--randseed={}", seed >> 1));
-        if let Some(time) = time {
-            command.arg("--time_based");
-            command.arg(format!("--runtime={}", time.as_secs()));
-        }
+        command.arg("--time_based");
+        command.arg(format!("--runtime={}", time.as_secs()));
         Program::start(command.args(self.more))
     }
 }
@@ -116,7 +114,7 @@ impl Load {
                 if fio.more.is_empty() {
                     fio.more = &["--size=64m"];
                 }
-                running.programs.push(fio.start(&target, seed, Some(time))?);
+                running.programs.push(fio.start(&target, seed, time)?);
             }
             Self::Files(threads) => running.write_files(origin.directory()?, *threads, seed),
             Self::Fsyncs(jobs) => {
@@ -126,7 +124,7 @@ impl Load {
                     ..Fio::new("psync", 1, *jobs)
                 };
                 let target = format!("--directory={}", origin.directory()?.display());
-                running.programs.push(fio.start(&target, seed, Some(time))?);
+                running.programs.push(fio.start(&target, seed, time)?);
             }
             Self::Swap => {
                 running.write_files(origin.directory()?, 2, seed);
@@ -135,11 +133,11 @@ impl Load {
             Self::Dirty => {
                 running.write_files(origin.directory()?, 1, seed);
                 let fio = Fio {
-                    more: &["--direct=0", "--size=96m", "--io_size=1g", "--bs=64k"],
+                    more: &["--direct=0", "--rw=write", "--size=192m", "--bs=1m"],
                     ..Fio::new("psync", 1, 1)
                 };
                 let target = format!("--directory={}", origin.directory()?.display());
-                running.programs.push(fio.start(&target, seed, None)?);
+                running.programs.push(fio.start(&target, seed, time * 2)?);
             }
         }
         Ok(running)
@@ -191,6 +189,7 @@ impl Running {
             // It is not stuck.
             writer.wait_for(2);
             written += writer.writes();
+            ensure!(writer.errors() == 0, "{} writes failed", writer.errors());
         }
         if self.swap.is_some() {
             let out = memory("SwapTotal")? - memory("SwapFree")?;

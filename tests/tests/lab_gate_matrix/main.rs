@@ -86,7 +86,7 @@ cases! {
     xfs_fsyncs: files("xfs", 304 * MIB, Load::Fsyncs(16));
     btrfs_fsyncs: files("btrfs", 128 * MIB, Load::Fsyncs(16));
     swap_on_the_same_disk: files("ext4", 64 * MIB, Load::Swap);
-    dirty_pages_of_twice_the_memory: files("ext4", 256 * MIB, Load::Dirty);
+    dirty_pages_of_more_than_the_memory: files("ext4", 256 * MIB, Load::Dirty);
 }
 
 /// How long a load lasts.

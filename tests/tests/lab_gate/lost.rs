@@ -1,0 +1,212 @@
+//! Lost: what takes a snapshot away, one thing at a time: the event and the snapshot say it with the reason, no image
+//! answers, and the origin goes on without an error.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use blksnap_tests::{Daemon, DaemonOptions, complain, lab, run, seed};
+use serde_json::Value;
+
+use super::agent::{
+    Busy, alias_of, corrupted, daemon_options, id, nothing_is_left, prepare, read_image, take_on,
+};
+use super::scene::{MIB, partition};
+
+/// Bound against hanging for ever.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A disk on the guest's second one that can be stopped and broken.
+struct Mapped(&'static str);
+
+impl Mapped {
+    fn new(name: &'static str) -> Result<Self> {
+        lab::target("linear", "dm_mod")?;
+        let sectors = 512 * MIB / 512;
+        let table = format!("0 {sectors} linear {} 0", lab::virtio(1)?.display());
+        run("dmsetup", ["create", name, "--table", &table])?;
+        Ok(Self(name))
+    }
+
+    fn node(&self) -> String {
+        format!("/dev/mapper/{}", self.0)
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // It may be suspended, which a removal would wait for.
+        let _ = run("dmsetup", ["resume", self.0]);
+        if let Err(error) = run("dmsetup", ["remove", "--retry", self.0]) {
+            complain(format_args!("{error:#}"));
+        }
+    }
+}
+
+/// The snapshot is lost with `reason`, and says so wherever it is asked.
+fn is_lost(daemon: &Daemon, snapshot: &Value, reason: &str) -> Result<()> {
+    let event = corrupted(daemon, id(snapshot)?)?;
+    ensure!(event["err_code"].as_i64() != Some(0), "{event}");
+    ensure!(event.to_string().contains(reason), "{event}");
+    let shown = daemon.json(["snapshot", "info", id(snapshot)?])?;
+    ensure!(
+        shown["state"] == "corrupted" && shown["reason"].as_str().is_some_and(|why| why.contains(reason)),
+        "{shown}"
+    );
+    ensure!(read_image(daemon, snapshot, 0).is_err(), "a lost image was read");
+    Ok(())
+}
+
+/// A file system in use with a snapshot that keeps old data in `storage`; `cause` takes the snapshot away.
+fn lose(
+    options: &DaemonOptions,
+    storage: &str,
+    reason: &str,
+    cause: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let daemon = Daemon::with_options(options)?;
+    let part = partition(24 * MIB)?;
+    let busy = Busy::new(&part, seed(reason))?;
+    let taken = take_on(&daemon, &[&part], storage, &[])?;
+    cause()?;
+    busy.wait_for(30)?;
+    is_lost(&daemon, &taken, reason)?;
+    busy.wait_for(10)?;
+    daemon.run(["snapshot", "destroy", id(&taken)?])?;
+    nothing_is_left(Path::new("/nonexistent"))?;
+    busy.check()
+}
+
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn difference_storage_that_is_full() -> Result<()> {
+    prepare()?;
+    lose(&daemon_options(), "memory:1M", "full", || Ok(()))
+}
+
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn difference_storage_that_fails() -> Result<()> {
+    prepare()?;
+    let storage = Mapped::new("gate-fails")?;
+    lose(&daemon_options(), &storage.node(), "write old data to", || {
+        // From now on every request is an error.
+        run("dmsetup", ["wipe_table", storage.0]).map(drop)
+    })
+}
+
+/// Old data that finds no place in time: writers wait for one deadline and no longer.
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn difference_storage_that_hangs() -> Result<()> {
+    prepare()?;
+    let storage = Mapped::new("gate-hangs")?;
+    let options = DaemonOptions {
+        arguments: vec!["--gate-deadline=3000".into(), "--gate-preempt".into()],
+        ..DaemonOptions::default()
+    };
+    let daemon = Daemon::with_options(&options)?;
+    let part = partition(24 * MIB)?;
+    let busy = Busy::new(&part, seed("gate hangs"))?;
+    let taken = take_on(&daemon, &[&part], &storage.node(), &[])?;
+    run("dmsetup", ["suspend", "--noflush", storage.0])?;
+    // More than the queue has room for.
+    busy.wait_for(60)?;
+    run("dmsetup", ["resume", storage.0])?;
+    is_lost(&daemon, &taken, "a write waited as long as it may")?;
+    daemon.run(["snapshot", "destroy", id(&taken)?])?;
+    busy.check()
+}
+
+/// A disk of which some sectors can't be read, but can be written.
+fn unreadable() -> Result<PathBuf> {
+    lab::load("sd_mod", &[]);
+    lab::load("scsi_debug", &["dev_size_mb=64", "opts=2"]);
+    let options = Path::new("/sys/bus/pseudo/drivers/scsi_debug/opts");
+    if !options.exists() {
+        return lab::absent("scsi_debug");
+    }
+    // Where it is built in, it has no such option yet. 2 is SDEBUG_OPT_MEDIUM_ERR: sectors 4660 to 4669.
+    fs::write(options, "2")?;
+    let started = Instant::now();
+    loop {
+        for entry in fs::read_dir("/sys/block")?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let model = fs::read_to_string(entry.path().join("device/model")).unwrap_or_default();
+            if name.starts_with("sd") && model.trim() == "scsi_debug" {
+                return Ok(Path::new("/dev").join(name));
+            }
+        }
+        ensure!(started.elapsed() < PATIENCE, "scsi_debug made no disk");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn an_origin_that_can_not_be_read() -> Result<()> {
+    prepare()?;
+    let disk = unreadable()?;
+    let daemon = Daemon::with_options(&daemon_options())?;
+    let taken = take_on(&daemon, &[&disk], "memory:256M", &[])?;
+    let write = |seek: &str| {
+        let disk = disk.display();
+        run(
+            "dd",
+            [
+                "if=/dev/zero",
+                &format!("of={disk}"),
+                "bs=4k",
+                "count=8",
+                seek,
+                "oflag=direct",
+            ],
+        )
+    };
+    write("seek=16")?;
+    let shown = daemon.json(["snapshot", "info", id(&taken)?])?;
+    ensure!(shown["state"] == "taken", "{shown}");
+    // 4660 sectors are 582 blocks and a half.
+    write("seek=580")?;
+    is_lost(&daemon, &taken, "read old data")?;
+    write("seek=1024")?;
+    daemon.run(["snapshot", "destroy", id(&taken)?])?;
+    nothing_is_left(&alias_of(&disk))
+}
+
+/// A machine without memory: the kernel ends the agent, writers go on, and the next agent says what is lost.
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn a_machine_that_is_out_of_memory() -> Result<()> {
+    prepare()?;
+    let mut daemon = Daemon::with_options(&daemon_options())?;
+    let part = partition(24 * MIB)?;
+    let busy = Busy::new(&part, seed("gate memory"))?;
+    let taken = take_on(&daemon, &[&part], "memory:256M", &[])?;
+    let pid = daemon.pid().context("a pid")?;
+    fs::write(format!("/proc/{pid}/oom_score_adj"), "1000")?;
+    // Now the kernel looks for somebody to end.
+    fs::write("/proc/sysrq-trigger", "f")?;
+    let started = Instant::now();
+    while fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z ")) {
+        ensure!(started.elapsed() < PATIENCE, "the agent was not ended");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    busy.wait_for(20)?;
+    // It has ended, and is waited for.
+    daemon.kill()?;
+    nothing_is_left(Path::new("/nonexistent"))?;
+    daemon.launch(&daemon_options())?;
+    let shown = daemon.json([OsStr::new("snapshot"), "info".as_ref(), id(&taken)?.as_ref()])?;
+    ensure!(shown["state"] == "corrupted", "{shown}");
+    ensure!(
+        shown["reason"]
+            .as_str()
+            .is_some_and(|why| why.contains("does not outlive its agent")),
+        "{shown}"
+    );
+    daemon.run(["snapshot", "destroy", id(&taken)?])?;
+    busy.check()
+}
