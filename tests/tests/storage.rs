@@ -10,8 +10,9 @@ use std::sync::mpsc::{Receiver, channel};
 use blksnap_agent::cow::{RegionId, Slot, SpaceEvent};
 use blksnap_agent::disk::{BlockDevice, Disk as _, FileDisk, Zero};
 use blksnap_agent::storage::{DeviceExtent, Pool, PoolOptions, StorageSpec};
+use blksnap_agent::sys::ioctl;
 use blksnap_agent::units::{DeviceId, Extent};
-use blksnap_tests::{LoopDevice, LoopOptions, read_device, run, seed};
+use blksnap_tests::{LoopDevice, LoopOptions, complain, read_device, run, seed, unmount};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
@@ -400,4 +401,60 @@ fn memory_file_systems_are_bounded_too() {
     appended.unwrap();
     let most = (8 << 20) * 19 / 20 / UNIT;
     assert!((most - 300..=most + 1).contains(&filled), "{filled} of {most}");
+}
+
+/// A file system for as long as it lives.
+struct SmallMemory(tempfile::TempDir);
+
+impl SmallMemory {
+    fn new(size: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let options = format!("size={size}");
+        let arguments = ["-t".as_ref(), "tmpfs".as_ref(), "-o".as_ref(), options.as_ref()];
+        let node: [&std::ffi::OsStr; 2] = ["blksnap-test".as_ref(), directory.path().as_os_str()];
+        run("mount", arguments.into_iter().chain(node)).unwrap();
+        Self(directory)
+    }
+}
+
+impl Drop for SmallMemory {
+    fn drop(&mut self) {
+        if let Err(error) = unmount(self.0.path()) {
+            complain(format_args!("{error:#}"));
+        }
+    }
+}
+
+/// A disk that fails after a write was answered, when the kernel writes its page cache back: a page that is dropped
+/// then is read again with what was on the disk before, which is not what was kept.
+#[test]
+fn what_the_disk_did_not_take_is_never_read() {
+    let memory = SmallMemory::new("64k");
+    let backing = memory.0.path().join("disk");
+    File::create(&backing).unwrap().set_len(8 << 20).unwrap();
+    let device = LoopDevice::on(&backing, &LoopOptions::default()).unwrap();
+    let (pool, _) = pool(0);
+    pool.append(&ranges(device.path(), &[])).unwrap();
+    let kept = fill(&pool, usize::MAX);
+    let node = File::open(device.path()).unwrap();
+    node.sync_all().unwrap_err();
+    ioctl::blkflsbuf(&node).unwrap();
+    let (mut lost, mut older) = (0, 0);
+    let on_disk = read_device(device.path()).unwrap();
+    for (slot, bytes) in &kept {
+        let at = usize::try_from(slot.offset).unwrap();
+        older += u32::from(on_disk[at..at + UNIT] != **bytes);
+        let mut found = vec![0; UNIT];
+        match pool.disk(slot.region).read_at(&mut found, slot.offset) {
+            Ok(()) => assert!(found == *bytes, "other bytes than those kept at {}", slot.offset),
+            Err(_) => lost += 1,
+        }
+    }
+    assert!(
+        older > 0 && lost >= older,
+        "{lost} refused, {older} not on the disk, of {}",
+        kept.len()
+    );
+    let (slot, bytes) = &kept[0];
+    pool.disk(slot.region).write_at(bytes, slot.offset).unwrap_err();
 }

@@ -27,7 +27,7 @@ use nix::unistd::{Whence, lseek};
 use super::claim::Claim;
 use super::device::{device_number, sysfs_directory};
 use super::{Allocation, Disk, DiskError, Zero};
-use crate::sys::ioctl;
+use crate::sys::{cached, ioctl};
 
 /// Most pieces that are looked for in one answer about allocation: each is two system calls.
 const MAX_SEEKS: usize = 1 << 12;
@@ -45,7 +45,7 @@ pub struct FileDisk {
     minimum_io: u32,
     /// A block device, not a regular file.
     device: bool,
-    /// fdatasync(2) failed once: what it did not write is lost, and it will not say so again.
+    /// What was written is lost: fdatasync(2) or [`FileDisk::written_back`] said so, and the kernel will not say it again.
     lost: AtomicBool,
     claim: OnceLock<Claim>,
 }
@@ -217,6 +217,26 @@ impl FileDisk {
             done += piece as u64;
         }
         Ok(())
+    }
+
+    /// Makes sure that the kernel has lost nothing of what was written through its page cache: a page whose write-back
+    /// failed looks right until it is dropped from memory, and then the disk has what was there before. Who reads what
+    /// must be what was written asks this after the data came.
+    ///
+    /// # Errors
+    /// Something is lost; this says so for good.
+    pub fn written_back(&self) -> io::Result<()> {
+        if self.lost.load(Ordering::Acquire) {
+            return Err(Errno::EIO.into());
+        }
+        match cached::written_back(&self.file) {
+            // A file system that knows no such thing.
+            Ok(()) | Err(Errno::ESPIPE | Errno::EINVAL | Errno::ENOSYS | Errno::EOPNOTSUPP) => Ok(()),
+            Err(errno) => {
+                self.lost.store(true, Ordering::Release);
+                Err(errno.into())
+            }
+        }
     }
 
     /// Data and holes of a regular file.

@@ -81,6 +81,11 @@ impl Store {
         }
     }
 
+    /// Makes sure that no write was lost on its way from the page cache to the disk.
+    fn is_whole(&self) -> io::Result<()> {
+        self.file_disk().map_or(Ok(()), FileDisk::written_back)
+    }
+
     /// After a write, whether it failed or not. Before it a flush could come between and take the mark away.
     fn written<T>(&self, result: io::Result<T>) -> io::Result<T> {
         self.dirty.store(true, Ordering::Release);
@@ -106,11 +111,14 @@ impl Disk for Store {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.disk().read_at(buffer, offset)
+        self.disk().read_at(buffer, offset)?;
+        // The data first: it may have come from the disk because what was written is lost.
+        self.is_whole()
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        self.written(self.disk().write_at(data, offset))
+        self.written(self.disk().write_at(data, offset))?;
+        self.is_whole()
     }
 
     fn zero_at(&self, offset: u64, length: u64, zero: Zero, fast: bool) -> io::Result<()> {
