@@ -5,7 +5,7 @@
 //! - [`LoopDevice`]: a block device on a file of its own, with a file system and a mount when asked.
 //! - [`Writer`]: random writes to a file system or a device until it is dropped.
 //! - [`Zram`]: a disk in memory.
-//! - [`read_device`], [`write_block`]: past the page cache.
+//! - [`read_device`], [`write_block`], [`fill_device`]: past the page cache.
 //! - [`Tamper`]: changes what a daemon shares with the kernel.
 //! - [`Interrupt`]: signals, for programs that must clean up after themselves.
 //! - [`numbered`]: writes of which one can tell at which instant a disk was looked at.
@@ -37,7 +37,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 
 pub use daemon::{Answer, Daemon, DaemonOptions, agent_binary};
-pub use direct::{read_device, write_block};
+pub use direct::{fill_device, read_device, write_block};
 pub use interrupt::{Interrupt, Interrupted};
 pub use loopdev::{LoopDevice, LoopOptions};
 pub use tamper::Tamper;

@@ -504,12 +504,12 @@ fn what_can_not_be_held_is_refused() -> Result<()> {
         ];
         daemon.try_run(command.iter().chain(more))
     };
-    for place in [inside.as_str(), part_text.as_str()] {
+    for (place, why) in [
+        (inside.as_str(), "another device"),
+        (part_text.as_str(), "it is mounted"),
+    ] {
         let answer = refused(place, &[])?;
-        ensure!(
-            answer.code == 1 && answer.stderr.contains("another device"),
-            "{answer:?}"
-        );
+        ensure!(answer.code == 1 && answer.stderr.contains(why), "{answer:?}");
     }
     let answer = refused("memory:64M", &["--promise", "power-cut"])?;
     ensure!(

@@ -92,32 +92,14 @@ fn difference_storage_that_fails() -> Result<()> {
     prepare()?;
     let storage = Mapped::new("gate-fails")?;
     lose(&daemon_options(), &storage.node(), "write old data to", || {
-        // From now on every request is an error.
-        run("dmsetup", ["wipe_table", storage.0]).map(drop)
+        // From now on every request is an error, which shows when the kernel writes back what was written to it.
+        run("dmsetup", ["wipe_table", storage.0])?;
+        for _ in 0..10 {
+            std::thread::sleep(Duration::from_millis(200));
+            let _ = run("sync", [storage.node()]);
+        }
+        Ok(())
     })
-}
-
-/// Old data that finds no place in time: writers wait for one deadline and no longer.
-#[test]
-#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
-fn difference_storage_that_hangs() -> Result<()> {
-    prepare()?;
-    let storage = Mapped::new("gate-hangs")?;
-    let options = DaemonOptions {
-        arguments: vec!["--gate-deadline=3000".into(), "--gate-preempt".into()],
-        ..DaemonOptions::default()
-    };
-    let daemon = Daemon::with_options(&options)?;
-    let part = partition(24 * MIB)?;
-    let busy = Busy::new(&part, seed("gate hangs"))?;
-    let taken = take_on(&daemon, &[&part], &storage.node(), &[])?;
-    run("dmsetup", ["suspend", "--noflush", storage.0])?;
-    // More than the queue has room for.
-    busy.wait_for(60)?;
-    run("dmsetup", ["resume", storage.0])?;
-    is_lost(&daemon, &taken, "a write waited as long as it may")?;
-    daemon.run(["snapshot", "destroy", id(&taken)?])?;
-    busy.check()
 }
 
 /// A disk of which some sectors can't be read, but can be written.
@@ -144,6 +126,22 @@ fn unreadable() -> Result<PathBuf> {
     }
 }
 
+/// Writes 32 KiB past the page cache, from block `block` of 4 KiB on.
+fn overwrite(disk: &Path, block: u32) -> Result<()> {
+    run(
+        "dd",
+        [
+            "if=/dev/zero",
+            &format!("of={}", disk.display()),
+            "bs=4k",
+            "count=8",
+            &format!("seek={block}"),
+            "oflag=direct",
+        ],
+    )
+    .map(drop)
+}
+
 #[test]
 #[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
 fn an_origin_that_can_not_be_read() -> Result<()> {
@@ -151,27 +149,45 @@ fn an_origin_that_can_not_be_read() -> Result<()> {
     let disk = unreadable()?;
     let daemon = Daemon::with_options(&daemon_options())?;
     let taken = take_on(&daemon, &[&disk], "memory:256M", &[])?;
-    let write = |seek: &str| {
-        let disk = disk.display();
-        run(
-            "dd",
-            [
-                "if=/dev/zero",
-                &format!("of={disk}"),
-                "bs=4k",
-                "count=8",
-                seek,
-                "oflag=direct",
-            ],
-        )
-    };
-    write("seek=16")?;
+    overwrite(&disk, 16)?;
     let shown = daemon.json(["snapshot", "info", id(&taken)?])?;
     ensure!(shown["state"] == "taken", "{shown}");
     // 4660 sectors are 582 blocks and a half.
-    write("seek=580")?;
+    overwrite(&disk, 580)?;
     is_lost(&daemon, &taken, "read old data")?;
-    write("seek=1024")?;
+    overwrite(&disk, 1024)?;
+    daemon.run(["snapshot", "destroy", id(&taken)?])?;
+    nothing_is_left(&alias_of(&disk))
+}
+
+/// The old data does not come in time: writers wait for one deadline and no longer.
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn an_origin_that_is_slow() -> Result<()> {
+    prepare()?;
+    let disk = unreadable()?;
+    let daemon = Daemon::with_options(&DaemonOptions {
+        arguments: vec!["--gate-deadline=1500".into(), "--gate-preempt".into()],
+        ..DaemonOptions::default()
+    })?;
+    let taken = take_on(&daemon, &[&disk], "memory:256M", &[])?;
+    // In ticks of the kernel's clock: 3 s and more. It is refused while requests are under way.
+    let slow = |ticks: &str| -> Result<()> {
+        let started = Instant::now();
+        while let Err(error) = fs::write("/sys/bus/pseudo/drivers/scsi_debug/delay", ticks) {
+            ensure!(started.elapsed() < PATIENCE, "{error}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    };
+    slow("3000")?;
+    let started = Instant::now();
+    let written = overwrite(&disk, 16);
+    println!("a write after {:?}", started.elapsed());
+    slow("1")?;
+    written?;
+    is_lost(&daemon, &taken, "a write waited as long as it may")?;
+    overwrite(&disk, 2048)?;
     daemon.run(["snapshot", "destroy", id(&taken)?])?;
     nothing_is_left(&alias_of(&disk))
 }

@@ -14,7 +14,7 @@ use blksnap_agent::engine::cow::{Broken, DiffStorage, Image, Promise, Store, Sto
 use blksnap_agent::filter::gate::{Availability, Gate, GateOptions, Gates, Member, Preemption};
 use blksnap_agent::storage::{Pool, PoolOptions, StorageSpec};
 use blksnap_agent::sys::AlignedBuffer;
-use blksnap_tests::{lab, seed};
+use blksnap_tests::{fill_device, lab, seed};
 use rand::rngs::StdRng;
 use rand::{Rng as _, RngCore as _, SeedableRng as _};
 
@@ -102,18 +102,7 @@ impl Scene {
         let seed = seed("gate");
         let device = BlockDevice::open(node)?;
         // Of a large disk the beginning is enough.
-        let mut content = vec![0; usize::try_from(device.capacity.bytes().min(64 * MIB))?];
-        StdRng::seed_from_u64(seed).fill_bytes(&mut content);
-        let file = OpenOptions::new()
-            .write(true)
-            .custom_flags(libc::O_DIRECT)
-            .open(node)?;
-        let mut buffer = AlignedBuffer::zeroed(PIECE);
-        for (number, piece) in content.chunks(PIECE).enumerate() {
-            buffer.as_mut_slice()[..piece.len()].copy_from_slice(piece);
-            file.write_all_at(&buffer.as_slice()[..piece.len()], (number * PIECE) as u64)?;
-        }
-        file.sync_all()?;
+        let content = fill_device(node, device.capacity.bytes().min(64 * MIB), seed)?;
         let started = Instant::now();
         let gate = Gates::new(options).gate(&device, &ChunkParams::default())?;
         println!("gate after {:?}: {:?}", started.elapsed(), gate.reading());

@@ -104,6 +104,7 @@ impl Load {
             time,
             programs: Vec::new(),
             writers: Vec::new(),
+            hungry: None,
             swap: None,
         };
         match self {
@@ -150,6 +151,8 @@ pub(crate) struct Running {
     time: Duration,
     programs: Vec<Program>,
     writers: Vec<Writer>,
+    /// Ends when it is dropped; before its swap.
+    hungry: Option<Program>,
     swap: Option<Swap>,
 }
 
@@ -167,11 +170,13 @@ impl Running {
         run("mkswap", [&node])?;
         run("swapon", [&node])?;
         self.swap = Some(Swap(node));
-        let bytes = memory("MemAvailable")? + 192 * MIB;
-        // `tail` keeps what has no end of a line.
-        self.programs.push(Program::start(Command::new("sh").args([
-            "-c",
-            &format!("head -c {bytes} /dev/zero | tail -n 1 | wc -c >&2"),
+        // One block larger than what is free, filled again and again.
+        let bytes = memory("MemAvailable")? + 96 * MIB;
+        let block = format!("bs={bytes}");
+        self.hungry = Some(Program::start(Command::new("dd").args([
+            "if=/dev/zero",
+            "of=/dev/null",
+            &block,
         ]))?);
         Ok(())
     }
@@ -192,10 +197,13 @@ impl Running {
             ensure!(writer.errors() == 0, "{} writes failed", writer.errors());
         }
         if self.swap.is_some() {
-            let out = memory("SwapTotal")? - memory("SwapFree")?;
-            let swapped = counter("/proc/vmstat", "pswpout")?;
-            println!("swapped out: {swapped} pages, {out} bytes still");
-            ensure!(swapped > 1000, "nothing was swapped out");
+            let swapped = || counter("/proc/vmstat", "pswpout");
+            while swapped()? < 1000 {
+                ensure!(self.began.elapsed() < PATIENCE, "nothing was swapped out");
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            println!("swapped out: {} pages", swapped()?);
+            self.hungry = None;
         }
         Ok(written)
     }

@@ -1,8 +1,7 @@
 //! Origin: a device of a kind, what was on it at the instant, and the gate before it.
 
 use std::ffi::OsStr;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,10 +12,8 @@ use blksnap_agent::disk::BlockDevice;
 use blksnap_agent::engine::cow::{Broken, Image, Promise, Store, StoreOptions};
 use blksnap_agent::filter::gate::{Availability, Gate, GateOptions, Gates, Member, Preemption};
 use blksnap_agent::storage::{Pool, PoolOptions, StorageSpec};
-use blksnap_agent::sys::{AlignedBuffer, ioctl};
-use blksnap_tests::{LoopDevice, lab, read_device, run, unmount};
-use rand::rngs::StdRng;
-use rand::{RngCore as _, SeedableRng as _};
+use blksnap_agent::sys::ioctl;
+use blksnap_tests::{LoopDevice, fill_device, lab, read_device, run, unmount};
 use tempfile::TempDir;
 
 use super::MIB;
@@ -138,7 +135,7 @@ impl Origin {
             run("mount", [origin.node.as_os_str(), directory.path().as_os_str()])?;
             origin.mount = Some(directory);
         } else {
-            origin.content = fill(&origin.node, size, seed)?;
+            origin.content = fill_device(&origin.node, size, seed)?;
         }
         Ok(origin)
     }
@@ -232,26 +229,4 @@ impl Drop for Frozen {
             println!("thaw: {errno}");
         }
     }
-}
-
-/// Writes bytes of which no two blocks are alike, and gives them.
-fn fill(node: &Path, size: u64, seed: u64) -> Result<Vec<u8>> {
-    let mut content = vec![0; usize::try_from(size)?];
-    let mut piece = vec![0; PIECE];
-    StdRng::seed_from_u64(seed).fill_bytes(&mut piece);
-    let file = OpenOptions::new()
-        .write(true)
-        .custom_flags(libc::O_DIRECT)
-        .open(node)?;
-    let mut buffer = AlignedBuffer::zeroed(PIECE);
-    for (number, part) in content.chunks_mut(PIECE).enumerate() {
-        part.copy_from_slice(&piece[..part.len()]);
-        for (block, bytes) in part.chunks_mut(4096).enumerate() {
-            bytes[..8].copy_from_slice(&((number << 32 | block) as u64).to_le_bytes());
-        }
-        buffer.as_mut_slice()[..part.len()].copy_from_slice(part);
-        file.write_all_at(&buffer.as_slice()[..part.len()], (number * PIECE) as u64)?;
-    }
-    file.sync_all()?;
-    Ok(content)
 }
