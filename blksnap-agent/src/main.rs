@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use blksnap_agent::cli;
 use blksnap_agent::disk::watchdog;
+use blksnap_agent::filter::gate::park;
 use blksnap_agent::own;
 
 fn main() -> ExitCode {
@@ -29,6 +30,19 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("{} {}: {error}", cli::PROGRAM, own::SUBCOMMAND);
+                ExitCode::FAILURE
+            }
+        };
+    }
+    // Nor does the one in whose memory writes sleep.
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|argument| argument == park::SUBCOMMAND)
+    {
+        return match park::main() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{} {}: {error}", cli::PROGRAM, park::SUBCOMMAND);
                 ExitCode::FAILURE
             }
         };

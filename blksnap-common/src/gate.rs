@@ -44,14 +44,17 @@ pub mod broken {
     pub const MAP: u64 = 1 << 4;
     /// The agent gave up: its own reason says more.
     pub const GIVEN_UP: u64 = 1 << 5;
+    /// A write that should have slept had no place to.
+    pub const PLACE: u64 = 1 << 6;
     /// All of them, with their names in metrics.
-    pub const CODES: [(&str, u64); 6] = [
+    pub const CODES: [(&str, u64); 7] = [
         ("bypassed", BYPASSED),
         ("deadline", DEADLINE),
         ("agent", AGENT),
         ("whole_disk", WHOLE_DISK),
         ("map", MAP),
         ("given_up", GIVEN_UP),
+        ("place", PLACE),
     ];
 }
 
@@ -123,6 +126,45 @@ pub struct Passed {
     pub epoch: u64,
 }
 
+/// A write that sleeps, in the place of its CPU and its copy of the program: while a copy is active on a CPU nobody else
+/// starts it there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Parked {
+    /// First unit of the gate's range.
+    pub first: u64,
+    /// Last unit.
+    pub last: u64,
+    /// When the wait began, `CLOCK_MONOTONIC` in nanoseconds.
+    pub since: u64,
+    /// The gate.
+    pub gate: u32,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+/// Words of a [`Parked`].
+pub const PARKED_WORDS: usize = size_of::<Parked>() / 8;
+
+/// Where writes sleep: a page for each CPU and copy in the memory of a process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Parker {
+    /// Address of the first page.
+    pub base: u64,
+    /// Bytes of a page; 0 if there is no place.
+    pub page: u64,
+    /// The process, by its number in the first PID namespace.
+    pub pid: u64,
+}
+
+/// Stands in the programs for the call of the kernel's function `bpf_task_from_pid`, until the agent has put its number
+/// there.
+pub const TASK_FROM_PID: u32 = 0x4b5f_7a01;
+
+/// The same for `bpf_task_release`.
+pub const TASK_RELEASE: u32 = 0x4b5f_7a02;
+
 /// Bucket of a wait.
 #[inline(always)]
 #[must_use]
@@ -140,6 +182,8 @@ const _: () = {
     assert!(size_of::<GateState>() == 8 * (12 + HOLD_BUCKETS));
     assert!(REQUEST_BYTES == 24);
     assert!(size_of::<Passed>() == 32);
+    assert!(size_of::<Parked>() == 32);
+    assert!(size_of::<Parker>() == 24);
 };
 
 #[cfg(feature = "user")]

@@ -88,6 +88,7 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
         },
         gate: GateOptions {
             priority: options.holding.gate_priority,
+            technique: options.holding.gate_technique,
             preempt: options.holding.gate_preempt.then(|| preempt_switch(&seal)),
             btf: options.btf.clone(),
             ..GateOptions::with_deadline(Duration::from_millis(options.holding.gate_deadline))

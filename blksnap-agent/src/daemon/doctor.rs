@@ -29,6 +29,12 @@ const BTF_MAGIC: u16 = 0xeb9f;
 /// Looks at everything. `btf` is the kernel's type information, `load` loads the tracking programs and drops
 /// them again.
 pub fn examine(btf: &Path, load: &dyn Fn() -> Result<(), String>) -> DoctorReport {
+    let held = Availability::find(&GateOptions {
+        copies: 1,
+        btf: btf.to_owned(),
+        ..GateOptions::default()
+    });
+    let [spin, park] = techniques(&held);
     let checks = vec![
         kernel(&release()),
         type_information(btf, fs::read(btf)),
@@ -48,11 +54,9 @@ pub fn examine(btf: &Path, load: &dyn Fn() -> Result<(), String>) -> DoctorRepor
         programs(load()),
         io_uring(io_uring::IoUring::new(2).map(drop)),
         block_devices(ublk::available()),
-        gate(&Availability::find(&GateOptions {
-            copies: 1,
-            btf: btf.to_owned(),
-            ..GateOptions::default()
-        })),
+        gate(&held),
+        spin,
+        park,
         mapped(dm::mapped_devices()),
     ];
     DoctorReport {
@@ -244,14 +248,8 @@ fn block_devices(available: Result<(), UblkError>) -> Check {
 
 /// Whether the writes of disks in use could be held (`filter::gate`); all else works without.
 fn gate(found: &Availability) -> Check {
-    let mode = &found.preemption;
     match found.lacks() {
-        None => check(
-            "gate",
-            CheckState::Ok,
-            format!("this kernel can hold writes, preemption is {mode}"),
-            "",
-        ),
+        None => check("gate", CheckState::Ok, found.found().unwrap_or_default(), ""),
         Some(what) => {
             let (found, remedy) = what.split_once("; ").unwrap_or((&what, ""));
             check(
@@ -262,6 +260,19 @@ fn gate(found: &Availability) -> Check {
             )
         }
     }
+}
+
+/// What each of the gate's techniques showed when it was tried.
+fn techniques(found: &Availability) -> [Check; 2] {
+    let row = |name, outcome: Result<String, String>| {
+        let text = outcome.unwrap_or_else(|why| format!("not in use: {why}"));
+        let (found, remedy) = text.split_once("; ").unwrap_or((&text, ""));
+        check(name, CheckState::Ok, found, remedy)
+    };
+    [
+        row("gate spin", found.spin_found()),
+        row("gate park", found.park_found()),
+    ]
 }
 
 /// Whether the kernel could keep old data of devices of device-mapper itself (`filter::dm`), and of which it would by
@@ -291,7 +302,7 @@ fn mapped(found: Result<Vec<(String, Option<String>)>, DmError>) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::filter::gate::Preemption;
+    use crate::filter::gate::{GateError, Preemption, Wish};
 
     #[test]
     fn kernels_are_judged_by_their_numbers() {
@@ -351,16 +362,21 @@ mod tests {
             CheckState::Failed
         );
         let able = |preemption| Availability {
+            wish: Wish::Auto,
             preemption,
             programs: Ok(()),
+            park: Err(GateError::Load("attach type not supported".into())),
         };
-        assert!(
-            gate(&able(Preemption::Full))
-                .found
-                .ends_with("preemption is full")
-        );
+        let full = gate(&able(Preemption::Full)).found;
+        assert!(full.contains("preemption is full; writes can't sleep"), "{full}");
         let voluntary = gate(&able(Preemption::Voluntary("voluntary".into())));
         assert!(voluntary.found.contains("not possible") && voluntary.remedy.contains("preempt=full"));
+        // Each technique says what it lacks, whatever the other can.
+        let [spin, park] = techniques(&able(Preemption::Voluntary("voluntary".into())));
+        assert!(
+            spin.found.starts_with("not in use: preemption is voluntary") && spin.remedy.contains("preempt")
+        );
+        assert!(park.found.contains("function error injection") && park.remedy.contains("CONFIG_FUNCTION"));
     }
 
     #[test]

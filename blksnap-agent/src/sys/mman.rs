@@ -7,7 +7,9 @@ use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use nix::sys::mman::{MapFlags, MlockAllFlags, ProtFlags, mlockall, mmap, munlockall, munmap};
+use nix::sys::mman::{
+    MapFlags, MlockAllFlags, MmapAdvise, ProtFlags, madvise, mlockall, mmap, munlockall, munmap,
+};
 
 /// All memory of the process, in place until this is dropped: no page has to come from a file system or a swap device.
 #[derive(Debug)]
@@ -49,6 +51,39 @@ impl Drop for Locked {
         if *locks == 0 {
             let _ = munlockall();
         }
+    }
+}
+
+/// Pages of a file that others touch, never this process; mapped until it ends.
+#[derive(Debug)]
+pub struct Pages {
+    address: NonNull<std::ffi::c_void>,
+}
+
+impl Pages {
+    /// Maps the first `length` bytes of `file` for reading. What is not there is had page by page.
+    ///
+    /// # Errors
+    /// What `mmap(2)` and `madvise(2)` say.
+    pub fn map(file: impl AsFd, length: NonZeroUsize) -> io::Result<Self> {
+        // SAFETY: a new shared mapping at an address that the kernel chooses; nothing else uses it, and nothing is read
+        // through it here.
+        let address = unsafe { mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, file, 0)? };
+        for advice in [
+            MmapAdvise::MADV_RANDOM,
+            MmapAdvise::MADV_DONTFORK,
+            MmapAdvise::MADV_DONTDUMP,
+        ] {
+            // SAFETY: the mapping just made, which nothing refers to.
+            unsafe { madvise(address, length.get(), advice)? };
+        }
+        Ok(Self { address })
+    }
+
+    /// Where they are.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.address.as_ptr() as u64
     }
 }
 

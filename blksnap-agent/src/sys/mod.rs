@@ -7,6 +7,7 @@ pub mod fdpass;
 pub mod fiemap;
 pub mod flags;
 pub mod fsmap;
+pub mod fuse;
 pub mod inherit;
 pub mod ioctl;
 pub mod loopdev;

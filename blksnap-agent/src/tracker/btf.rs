@@ -19,6 +19,7 @@ mod kind {
     pub(super) const VOLATILE: u32 = 9;
     pub(super) const CONST: u32 = 10;
     pub(super) const RESTRICT: u32 = 11;
+    pub(super) const FUNC: u32 = 12;
     pub(super) const FUNC_PROTO: u32 = 13;
     pub(super) const VAR: u32 = 14;
     pub(super) const DATASEC: u32 = 15;
@@ -134,6 +135,15 @@ impl KernelBtf {
             .find(name, kind::STRUCT)
             .ok_or_else(|| BtfError::Missing(format!("struct {name}")))?;
         word(&self.data, self.at(id)? + 8)
+    }
+
+    /// Number of the function `name`, by which programs call it.
+    ///
+    /// # Errors
+    /// There is no such function.
+    pub fn function(&self, name: &str) -> Result<u32, BtfError> {
+        self.find(name, kind::FUNC)
+            .ok_or_else(|| BtfError::Missing(format!("function {name}")))
     }
 
     /// Offset in bytes of a member of struct `name`; `path` names members of members in turn, and members of
@@ -369,6 +379,8 @@ mod tests {
         );
         assert_eq!(btf.tracepoint_parameter("block_bio_queue", "bio").unwrap(), 0);
         assert!(btf.enumerator("BIO_TRACE_COMPLETION").unwrap() < 16);
+        assert!(btf.function("submit_bio_noacct").unwrap() > 0);
+        assert!(btf.function("no_such_function").is_err());
     }
 
     #[test]

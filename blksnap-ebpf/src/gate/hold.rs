@@ -23,10 +23,10 @@ use blksnap_ebpf::atomic;
 use crate::maps::{KEPT, REQUESTS, STATE};
 
 /// Most turns of one loop (`BPF_MAX_LOOPS` of include/linux/bpf_verifier.h).
-const TURNS: u32 = 1 << 23;
+pub(crate) const TURNS: u32 = 1 << 23;
 
 /// Loops in a row, in a loop of their own: more than enough for any deadline.
-const ROUNDS: u32 = 256;
+pub(crate) const ROUNDS: u32 = 256;
 
 /// Words of a bitmap that one bio can touch: less than 4 GiB in units of 4 KiB, 64 to a word, and one for the start.
 const MAX_WORDS: u32 = (1 << 14) + 1;
@@ -58,7 +58,7 @@ pub(crate) fn is_kept(gate: u32, range: BlockRange) -> bool {
 
 /// Whether the gate makes writes wait.
 #[inline(always)]
-fn is_closed(gate: u32) -> bool {
+pub(crate) fn is_closed(gate: u32) -> bool {
     let Some(state) = STATE.get_ptr(gate) else {
         return false;
     };
@@ -81,7 +81,7 @@ pub(crate) fn is_audited(gate: u32) -> bool {
 
 /// Whether the units of `range` that are in `word` are kept. A word that is missing is not.
 #[inline(always)]
-fn has_word(gate: u32, range: BlockRange, word: u64) -> bool {
+pub(crate) fn has_word(gate: u32, range: BlockRange, word: u64) -> bool {
     let Some(bits) = KEPT.get_value_ptr_mut(gate, &(word as u32)) else {
         return false;
     };
@@ -139,7 +139,7 @@ pub(crate) fn break_gate(gate: u32, reason: u64) {
 
 /// Sends a request and wakes the agent; `false` if the ring is full.
 #[inline(always)]
-fn send(request: Request) -> bool {
+pub(crate) fn send(request: Request) -> bool {
     let Some(mut entry) = REQUESTS.reserve(0) else {
         return false;
     };
@@ -237,7 +237,7 @@ extern "C" fn turn(_index: u64, wait: *mut Wait) -> i64 {
 
 /// Why a wait of `time` nanoseconds ends now, or 0.
 #[inline(always)]
-fn overdue(gate: u32, now: u64, time: u64) -> u64 {
+pub(crate) fn overdue(gate: u32, now: u64, time: u64) -> u64 {
     let Some(state) = STATE.get_ptr(gate) else {
         return broken::MAP;
     };
@@ -256,7 +256,7 @@ fn overdue(gate: u32, now: u64, time: u64) -> u64 {
 
 /// Counts a wait.
 #[inline(always)]
-fn account(gate: u32, time: u64, copy: u32) {
+pub(crate) fn account(gate: u32, time: u64, copy: u32) {
     bump(gate, offset_of!(GateState, held), 1);
     bump(gate, offset_of!(GateState, held_nanoseconds), time);
     let Some(state) = STATE.get_ptr_mut(gate) else {
@@ -281,7 +281,7 @@ fn account(gate: u32, time: u64, copy: u32) {
 
 /// Adds `n` to the 64-bit field of a gate's state that starts at `offset`.
 #[inline(always)]
-fn bump(gate: u32, offset: usize, n: u64) {
+pub(crate) fn bump(gate: u32, offset: usize, n: u64) {
     if let Some(state) = STATE.get_ptr_mut(gate) {
         // SAFETY: `offset` is one of `offset_of!`, inside the map value just looked up; the verifier checks it.
         unsafe { atomic::add(state.byte_add(offset).cast(), n) };

@@ -1,20 +1,45 @@
 //! Look: whether a write may go on.
 
-use blksnap_common::blockrange::{NO_KIND, blocks_of, changed_sectors};
+use blksnap_common::blockrange::{BlockRange, NO_KIND, blocks_of, changed_sectors};
 use blksnap_common::gate::{Passed, broken};
 use blksnap_common::track::{DiskSlots, SLOTS_PER_DISK};
 use blksnap_ebpf::kind_of;
 
 use crate::bio::Bio;
 use crate::hold::{break_gate, hold, is_audited, is_kept};
-use crate::maps::{DISKS, EPOCH, LAST, PASSED};
+use crate::maps::{DISKS, EPOCH, HITS, LAST, PASSED};
+use crate::park::park;
 
 /// Number of a copy that does not wait: the auditors.
 const AUDITOR: u32 = u32::MAX;
 
-/// A bio enters `submit_bio_noacct`; `copy` looks at it.
+/// A write at a gate: disk, number of the gate there, sector, sectors, copy.
+type Look = extern "C" fn(u32, u32, u64, u64, u32) -> u32;
+
+/// A bio enters `submit_bio_noacct`; `copy` looks at it, and waits in a loop.
 #[inline(always)]
 pub(crate) fn submitted(bio: &Bio, copy: u32) {
+    look(bio, copy, gate_write);
+}
+
+/// A bio enters `should_fail_bio`; `copy` looks at it, and sleeps.
+#[inline(always)]
+pub(crate) fn submitted_to_sleep(bio: &Bio, copy: u32) {
+    if copy == 0
+        && let Some(hits) = HITS.get_ptr_mut(0)
+    {
+        // SAFETY: a word of the map; whoever is late stores the same.
+        unsafe {
+            if core::ptr::read_volatile(hits) == 0 {
+                core::ptr::write_volatile(hits, 1);
+            }
+        }
+    }
+    look(bio, copy, gate_write_to_sleep);
+}
+
+#[inline(always)]
+fn look(bio: &Bio, copy: u32, write: Look) {
     let kind = kind_of(bio.opf());
     if kind == NO_KIND {
         return;
@@ -37,7 +62,7 @@ pub(crate) fn submitted(bio: &Bio, copy: u32) {
         return;
     }
     let start = if bio.is_remapped() { 0 } else { device.start() };
-    decide(device.disk(), now.sector + start, bio.size(), kind, copy);
+    decide(device.disk(), now.sector + start, bio.size(), kind, copy, write);
     // SAFETY: as above.
     unsafe { note(last, &now) };
 }
@@ -80,14 +105,21 @@ unsafe fn note(last: *mut Passed, now: &Passed) {
 pub(crate) fn audited(bio: &Bio) {
     let kind = kind_of(bio.opf());
     if kind != NO_KIND {
-        decide(bio.device().disk(), bio.sector(), bio.size(), kind, AUDITOR);
+        decide(
+            bio.device().disk(),
+            bio.sector(),
+            bio.size(),
+            kind,
+            AUDITOR,
+            gate_write,
+        );
     }
 }
 
 /// Finds the gates that a write goes through. The disk is looked up once more for each, so that the verifier checks
 /// the rest once, and not on every path.
 #[inline(always)]
-fn decide(disk: u32, sector: u64, bytes: u32, kind: u8, copy: u32) {
+fn decide(disk: u32, sector: u64, bytes: u32, kind: u8, copy: u32, write: Look) {
     // SAFETY: the value is replaced as a whole, and lives as long as the program runs.
     let Some(slots) = (unsafe { DISKS.get(disk) }) else {
         return;
@@ -102,7 +134,7 @@ fn decide(disk: u32, sector: u64, bytes: u32, kind: u8, copy: u32) {
         if index >= count {
             break;
         }
-        gate_write(disk, index, sector, sectors, copy);
+        write(disk, index, sector, sectors, copy);
     }
 }
 
@@ -110,34 +142,47 @@ fn decide(disk: u32, sector: u64, bytes: u32, kind: u8, copy: u32) {
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn gate_write(disk: u32, index: u32, sector: u64, sectors: u64, copy: u32) -> u32 {
-    // SAFETY: as in `decide`.
-    let Some(slots) = (unsafe { DISKS.get(disk) }) else {
+    let Some((gate, range)) = missing(disk, index, sector, sectors, copy) else {
         return 0;
     };
-    let slots: &DiskSlots = slots;
-    let slot = &slots.slots[index as usize & (SLOTS_PER_DISK - 1)];
-    let Some(range) = blocks_of(slot, sector, sectors) else {
-        return 0;
-    };
-    if sectors == u64::MAX {
-        break_gate(slot.id, broken::WHOLE_DISK);
-        return 0;
-    }
-    if is_kept(slot.id, range) {
-        if copy != AUDITOR
-            && let Some(passed) = PASSED.get_ptr_mut(slot.id)
-        {
-            // SAFETY: this CPU's copy of the map value.
-            unsafe { *passed += 1 };
-        }
-        return 0;
-    }
-    if copy == AUDITOR {
-        if is_audited(slot.id) {
-            break_gate(slot.id, broken::BYPASSED);
-        }
-    } else {
-        hold(slot.id, range, copy);
+    if copy != AUDITOR {
+        hold(gate, range, copy);
+    } else if is_audited(gate) {
+        break_gate(gate, broken::BYPASSED);
     }
     0
+}
+
+/// The same for programs that may sleep.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn gate_write_to_sleep(disk: u32, index: u32, sector: u64, sectors: u64, copy: u32) -> u32 {
+    if let Some((gate, range)) = missing(disk, index, sector, sectors, copy) {
+        park(gate, range, copy);
+    }
+    0
+}
+
+/// The gate and its units that a write changes, if they are not all kept.
+#[inline(always)]
+fn missing(disk: u32, index: u32, sector: u64, sectors: u64, copy: u32) -> Option<(u32, BlockRange)> {
+    // SAFETY: as in `decide`.
+    let slots = unsafe { DISKS.get(disk) }?;
+    let slots: &DiskSlots = slots;
+    let slot = &slots.slots[index as usize & (SLOTS_PER_DISK - 1)];
+    let range = blocks_of(slot, sector, sectors)?;
+    if sectors == u64::MAX {
+        break_gate(slot.id, broken::WHOLE_DISK);
+        return None;
+    }
+    if !is_kept(slot.id, range) {
+        return Some((slot.id, range));
+    }
+    if copy != AUDITOR
+        && let Some(passed) = PASSED.get_ptr_mut(slot.id)
+    {
+        // SAFETY: this CPU's copy of the map value.
+        unsafe { *passed += 1 };
+    }
+    None
 }

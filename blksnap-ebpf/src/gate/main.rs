@@ -2,6 +2,8 @@
 //!
 //! - `wait_0` to `wait_31`, one program many times over, on entry of `submit_bio_noacct`: process context, and the
 //!   bio has gone nowhere yet. See [`hold`] for how they wait, and why there are many.
+//! - `park_0` to `park_31`, in their place where the kernel has function error injection: sleepable programs on entry of
+//!   `should_fail_bio`, which `submit_bio_noacct` calls. See [`park`].
 //! - `audit_queue` and `audit_remap`, at `block_bio_queue` and `block_bio_remap`: every write comes by here, and one
 //!   that gets here with old data not kept breaks the gate, in the same instant and before it reaches the driver.
 //!
@@ -30,6 +32,8 @@ mod hold;
 mod look;
 #[cfg(target_arch = "bpf")]
 mod maps;
+#[cfg(target_arch = "bpf")]
+mod park;
 
 #[cfg(target_arch = "bpf")]
 mod programs {
@@ -56,6 +60,25 @@ mod programs {
         wait_8 8, wait_9 9, wait_10 10, wait_11 11, wait_12 12, wait_13 13, wait_14 14, wait_15 15,
         wait_16 16, wait_17 17, wait_18 18, wait_19 19, wait_20 20, wait_21 21, wait_22 22, wait_23 23,
         wait_24 24, wait_25 25, wait_26 26, wait_27 27, wait_28 28, wait_29 29, wait_30 30, wait_31 31,
+    );
+
+    /// Copies of the program that sleeps.
+    macro_rules! sleeping_copies {
+        ($($name:ident $number:literal),* $(,)?) => {$(
+            /// `should_fail_bio(struct bio *)`.
+            #[fentry(sleepable, function = "should_fail_bio")]
+            pub(crate) fn $name(ctx: FEntryContext) -> i32 {
+                look::submitted_to_sleep(&Bio::first_argument(&ctx), $number);
+                0
+            }
+        )*};
+    }
+
+    sleeping_copies!(
+        park_0 0, park_1 1, park_2 2, park_3 3, park_4 4, park_5 5, park_6 6, park_7 7,
+        park_8 8, park_9 9, park_10 10, park_11 11, park_12 12, park_13 13, park_14 14, park_15 15,
+        park_16 16, park_17 17, park_18 18, park_19 19, park_20 20, park_21 21, park_22 22, park_23 23,
+        park_24 24, park_25 25, park_26 26, park_27 27, park_28 28, park_29 29, park_30 30, park_31 31,
     );
 
     /// `block_bio_queue(struct bio *)`.

@@ -3,7 +3,9 @@
 use aya_ebpf::bindings::{BPF_F_INNER_MAP, BPF_F_MMAPABLE};
 use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
-use blksnap_common::gate::{GATED_DISKS, GateState, MAX_GATES, Passed, REQUEST_RING_BYTES, Request};
+use blksnap_common::gate::{
+    GATED_DISKS, GateState, MAX_GATES, Parked, Parker, Passed, REQUEST_RING_BYTES, Request,
+};
 use blksnap_common::track::DiskSlots;
 
 /// Units whose old data is kept: as many words as the range needs, set by the agent, mapped by it.
@@ -36,3 +38,15 @@ pub(crate) static LAST: PerCpuArray<Passed, 1> = PerCpuArray::new();
 /// Writes that wait.
 #[btf_map]
 pub(crate) static REQUESTS: RingBuf<Request, { REQUEST_RING_BYTES as usize }> = RingBuf::new();
+
+/// Writes that sleep: [`COPIES`](blksnap_common::gate::COPIES) for each CPU. The agent says how many CPUs there are.
+#[btf_map]
+pub(crate) static PARKED: Array<Parked, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Where they sleep.
+#[btf_map]
+pub(crate) static PARKER: Array<Parker, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// 1 when the first sleeping copy has seen anything: the kernel calls the function that it is attached to.
+#[btf_map]
+pub(crate) static HITS: Array<u64, 1, { BPF_F_MMAPABLE as usize }> = Array::new();

@@ -110,6 +110,9 @@ impl Drop for Busy {
 /// Makes the kernel one that can have writers wait, if it can be changed.
 pub(crate) fn prepare() -> Result<()> {
     lab::inside()?;
+    if technique() == "park" {
+        return Ok(());
+    }
     if !Preemption::now().can_spin() {
         let _ = fs::write("/sys/kernel/debug/sched/preempt", "full");
     }
@@ -120,10 +123,19 @@ pub(crate) fn prepare() -> Result<()> {
     }
 }
 
+/// How writes are to wait: what the caller of the lab says, or in a loop, which more kernels can.
+fn technique() -> String {
+    std::env::var("BLKSNAP_GATE_TECHNIQUE").unwrap_or_else(|_| "spin".to_owned())
+}
+
 /// In an emulated guest time runs in jerks.
 pub(crate) fn daemon_options() -> DaemonOptions {
     DaemonOptions {
-        arguments: vec!["--gate-deadline=10000".into(), "--gate-preempt".into()],
+        arguments: vec![
+            "--gate-deadline=10000".into(),
+            "--gate-preempt".into(),
+            format!("--gate-technique={}", technique()).into(),
+        ],
         ..DaemonOptions::default()
     }
 }
@@ -219,7 +231,7 @@ pub(crate) fn attached() -> usize {
         .filter(|program| {
             program
                 .name_as_str()
-                .is_some_and(|name| name.starts_with("wait_"))
+                .is_some_and(|name| name.starts_with("wait_") || name.starts_with("park_"))
         })
         .count()
 }
@@ -529,7 +541,7 @@ fn what_can_not_be_held_is_refused() -> Result<()> {
         chosen["filter"] == "gate"
             && chosen["filter_reason"]
                 .as_str()
-                .is_some_and(|why| why.contains("preemption")),
+                .is_some_and(|why| why.contains(&technique())),
         "{chosen}"
     );
     daemon.run(["snapshot", "destroy", id(&chosen)?])?;

@@ -4,6 +4,7 @@
 mod agent;
 mod kills;
 mod lost;
+mod park;
 mod root;
 mod scene;
 
@@ -11,14 +12,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use blksnap_agent::filter::gate::{GateOptions, Preemption, Reading};
+use blksnap_agent::filter::gate::{GateOptions, Preemption, Reading, Wish};
 use blksnap_common::gate::{COPIES, broken};
 use blksnap_tests::lab;
 
 use scene::{Load, MIB, Scene, partition};
 
 /// In an emulated guest time runs in jerks: bounds that only a real machine keeps are wide here.
-fn options() -> GateOptions {
+pub(crate) fn options() -> GateOptions {
     GateOptions {
         deadline: Duration::from_secs(10),
         silence: Duration::from_secs(8),
@@ -54,7 +55,7 @@ fn the_first_write_of_a_unit_waits_and_no_other() -> Result<()> {
     Ok(())
 }
 
-fn exact_under_load(scene: &Scene, threads: usize, time: Duration) -> Result<()> {
+pub(crate) fn exact_under_load(scene: &Scene, threads: usize, time: Duration) -> Result<()> {
     let image = scene.take()?;
     let load = Load::new(scene);
     let written = load.run(threads, time)?;
@@ -205,6 +206,7 @@ fn without_preemption_the_deadline_passes() -> Result<()> {
     ensure!(!Preemption::now().can_spin(), "{}", Preemption::now());
     let options = GateOptions {
         silence: Duration::from_secs(8),
+        technique: Wish::Spin,
         ..GateOptions::default()
     };
     let ended = Scene::without_preemption(&partition(32 * MIB)?, options).and_then(|scene| {

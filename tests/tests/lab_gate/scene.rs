@@ -11,10 +11,11 @@ use anyhow::{Context as _, Result, bail, ensure};
 use blksnap_agent::cow::{ChunkParams, RegionId, Slot, SnapshotKey};
 use blksnap_agent::disk::{BlockDevice, Disk};
 use blksnap_agent::engine::cow::{Broken, DiffStorage, Image, Promise, Store, StoreOptions};
-use blksnap_agent::filter::gate::{Availability, Gate, GateOptions, Gates, Member, Preemption};
+use blksnap_agent::filter::gate::park::{self, ParkerCommand};
+use blksnap_agent::filter::gate::{Availability, Gate, GateOptions, Gates, Member, Preemption, Wish};
 use blksnap_agent::storage::{Pool, PoolOptions, StorageSpec};
 use blksnap_agent::sys::AlignedBuffer;
-use blksnap_tests::{fill_device, lab, seed};
+use blksnap_tests::{agent_binary, fill_device, lab, seed};
 use rand::rngs::StdRng;
 use rand::{Rng as _, RngCore as _, SeedableRng as _};
 
@@ -26,8 +27,17 @@ pub(crate) fn partition(length: u64) -> Result<PathBuf> {
     lab::partition(&lab::virtio(0)?, 1, MIB, length)
 }
 
-/// Makes sure that writers can wait here; a kernel that can change how it is preempted is told to.
+/// Makes sure that writers can wait here; a kernel that can change how it is preempted is told to, unless they sleep.
 fn need_gate(options: &GateOptions) -> Result<()> {
+    let park = match options.technique {
+        Wish::Spin => None,
+        Wish::Auto | Wish::Park => Some(Availability::check_park(options)),
+    };
+    match park {
+        Some(Ok(())) => return Ok(()),
+        Some(Err(error)) if options.technique == Wish::Park => return lab::absent(error),
+        Some(Err(_)) | None => {}
+    }
     if !Preemption::now().can_spin() {
         // A kernel that can't says so below.
         let _ = std::fs::write("/sys/kernel/debug/sched/preempt", "full");
@@ -99,6 +109,14 @@ impl Scene {
 
     /// As [`Scene::new`], on a kernel on which writers may wait in vain.
     pub(crate) fn without_preemption(node: &Path, options: GateOptions) -> Result<Self> {
+        // This program is not the agent.
+        let options = GateOptions {
+            parker: ParkerCommand {
+                program: agent_binary()?,
+                arguments: vec![park::SUBCOMMAND.into()],
+            },
+            ..options
+        };
         let seed = seed("gate");
         let device = BlockDevice::open(node)?;
         // Of a large disk the beginning is enough.

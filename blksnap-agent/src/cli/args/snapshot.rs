@@ -87,6 +87,10 @@ pub struct Holding {
     /// Make the kernel preempt fully while there are gates, where it can change that and does not do so already
     #[arg(long)]
     pub gate_preempt: bool,
+    /// How writes wait while old data is kept for `--filter gate`: asleep (park), which needs a kernel with function error
+    /// injection (Ubuntu's have it), or in a loop (spin), which needs one that preempts. `doctor` says what works
+    #[arg(long, value_name = "TECHNIQUE", value_enum, default_value = "auto")]
+    pub gate_technique: crate::filter::gate::Wish,
 
     /// Real-time priority (SCHED_FIFO) of the threads that such writes wait for, 1 to 99 [default: none]
     #[arg(long, value_name = "PRIORITY", value_parser = clap::value_parser!(u8).range(1..=99))]

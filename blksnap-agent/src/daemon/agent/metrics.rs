@@ -136,6 +136,7 @@ impl Agent {
             let last = state.hold_buckets.len() - 1;
             GateSample {
                 device: gate.device().name.clone(),
+                technique: gate.technique().name(),
                 // One whose counters can't be read is shown as one that nothing passed.
                 passed: gate.passed().unwrap_or_default(),
                 held: state.held,

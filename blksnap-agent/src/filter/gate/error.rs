@@ -80,6 +80,22 @@ pub enum GateError {
     /// A thread can't be started, or not with its priority.
     #[error("can't {0}: {1}")]
     Thread(&'static str, io::Error),
+    /// Writes can't sleep.
+    #[error("can't {action} for writes that wait: {source}; `--gate-technique spin` needs none of this")]
+    Place {
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The kernel never calls the function that the sleeping programs are attached to.
+    #[error(
+        "can't see any read or write of {seen}: this kernel calls should_fail_bio nowhere, or in a copy of it"
+    )]
+    NoHits {
+        /// What was read.
+        seen: String,
+    },
     /// The closing of change maps, by the caller.
     #[error("{0}")]
     Close(String),

@@ -1,7 +1,8 @@
 //! Gate: holds the writes of any disk or partition in use, from eBPF.
 //!
-//! A program on entry of `submit_bio_noacct` makes the first write to a unit wait until its old data is kept; a second
-//! one behind it, at `block_bio_queue`, checks that no write goes to the driver before that. Nothing is inserted into
+//! A program on entry of `submit_bio_noacct` makes the first write to a unit wait until its old data is kept, in a loop
+//! (*spin*); where the kernel has function error injection it is one on entry of `should_fail_bio`, and the write sleeps
+//! (*park*). A second one behind it, at `block_bio_queue`, checks that no write goes to the driver before that. Nothing is inserted into
 //! the device's stack, no module is loaded, and nothing is attached while no snapshot is held.
 //!
 //! # Why an image is right
@@ -29,6 +30,7 @@
 mod error;
 mod image;
 mod object;
+pub mod park;
 mod preempt;
 mod serve;
 mod source;
@@ -52,9 +54,9 @@ pub use error::GateError;
 pub use image::GateImage;
 pub use preempt::Switch;
 pub use source::{Reading, Source, remove_left_aliases};
-pub use technique::{Availability, Preemption};
+pub use technique::{Availability, Preemption, Technique, Wish};
 
-use object::Object;
+use park::ParkerCommand;
 use serve::{Gated, Server};
 
 /// Least time that writes of before a take have to end in.
@@ -75,6 +77,10 @@ pub struct GateOptions {
     pub copies: usize,
     /// Makes the kernel preempt as it must while there are gates; none: it is as it is.
     pub preempt: Option<Switch>,
+    /// How writes are to wait.
+    pub technique: Wish,
+    /// The process in whose memory they sleep.
+    pub parker: ParkerCommand,
     /// The kernel's type information.
     pub btf: PathBuf,
 }
@@ -88,6 +94,8 @@ impl Default for GateOptions {
             priority: None,
             copies: COPIES,
             preempt: None,
+            technique: Wish::Auto,
+            parker: ParkerCommand::default(),
             btf: PathBuf::from(KernelBtf::PATH),
         }
     }
@@ -188,11 +196,9 @@ impl Gates {
         let running = match standing.server.upgrade() {
             Some(running) => running,
             None => {
-                let switched = match &self.options.preempt {
-                    Some(switch) => switch.raise()?,
-                    None => None,
-                };
-                let started = Server::start(Object::load(&self.options)?, switched, &self.options)?;
+                let (loaded, chosen, switched) = technique::load(&self.options, &device.path)?;
+                tracing::info!(technique = %chosen.technique, why = chosen.why, "writes can be held");
+                let started = Server::start(loaded, chosen, switched, &self.options)?;
                 standing.server = Arc::downgrade(&started);
                 started
             }
@@ -223,6 +229,9 @@ impl Gates {
         order.sort_by_key(|member| member.gate.gated.slot.id);
         let mut taken: Vec<(u32, Image)> = Vec::new();
         let mut failure = None;
+        for member in &order {
+            member.gate.server().ready()?;
+        }
         {
             let paused: Vec<_> = order.iter().map(|member| member.gate.origin().pause()).collect();
             for member in &order {
@@ -308,6 +317,18 @@ impl Gate {
     #[must_use]
     pub fn origin(&self) -> &Arc<Origin> {
         &self.gated.origin
+    }
+
+    /// How writes wait.
+    #[must_use]
+    pub fn technique(&self) -> Technique {
+        self.server().chosen().technique
+    }
+
+    /// Why they wait so.
+    #[must_use]
+    pub fn technique_reason(&self) -> &str {
+        &self.server().chosen().why
     }
 
     /// How old data is read.

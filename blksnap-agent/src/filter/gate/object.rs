@@ -1,25 +1,43 @@
 //! Object: the gate's programs and maps as loaded. Nothing of it is pinned: what the agent attached goes with the agent,
 //! so that writers of a dead agent's gate wait no longer.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::maps::{ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::{BtfTracePoint, FEntry};
 use aya::{Btf, Ebpf, EbpfLoader};
-use blksnap_common::gate::{COPIES, GateState, MAX_GATES, STATE_WORDS};
+use blksnap_common::gate::{COPIES, GateState, MAX_GATES, PARKED_WORDS, Parker, STATE_WORDS};
 use blksnap_common::track::{DiskSlots, SLOTS_PER_DISK, Slot};
 
-use super::{GateError, GateOptions};
+use super::technique::Technique;
+use super::{GateError, GateOptions, park};
 use crate::sys::mman::SharedWords;
 use crate::tracker::{KernelBtf, one_line, verdict};
 
 /// The compiled programs.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gate"));
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gate"));
 
-/// The function that the waiting programs are attached to.
-const ENTRY: &str = "submit_bio_noacct";
+impl Technique {
+    /// The function that the waiting programs are attached to.
+    const fn entry(self) -> &'static str {
+        match self {
+            Self::Spin => "submit_bio_noacct",
+            Self::Park => "should_fail_bio",
+        }
+    }
+
+    /// The name of a copy of the waiting program.
+    fn program(self, copy: usize) -> String {
+        match self {
+            Self::Spin => format!("wait_{copy}"),
+            Self::Park => format!("park_{copy}"),
+        }
+    }
+}
 
 /// The auditors, and their tracepoints.
 const AUDITORS: [(&str, &str); 2] = [
@@ -50,13 +68,19 @@ pub(super) struct Loaded {
     pub(super) requests: RingBuf<MapData>,
     pub(super) states: States,
     pub(super) epoch: SharedWords,
+    pub(super) park: park::Maps,
+    /// 1 when the first copy of the sleeping program has seen anything.
+    pub(super) hits: SharedWords,
+    /// Where writes sleep, if they do and it was made.
+    pub(super) place: Option<Arc<park::Place>>,
 }
 
 impl Object {
     /// Loads the programs and attaches them: the auditors first, so that no write is held that is not looked at.
-    pub(super) fn load(options: &GateOptions) -> Result<Loaded, GateError> {
+    pub(super) fn load(options: &GateOptions, technique: Technique) -> Result<Loaded, GateError> {
         let load = |error: &dyn std::error::Error| GateError::Load(verdict(&one_line(error)));
-        let mut ebpf = prepare(options)?;
+        let places = places()?;
+        let mut ebpf = prepare(options, technique, places)?;
         let mut take = |name: &'static str| {
             ebpf.take_map(name)
                 .ok_or_else(|| GateError::Load(format!("the object has no map {name}")))
@@ -65,6 +89,11 @@ impl Object {
         let epoch = words_of(&take("EPOCH")?, 1)?;
         // 0 is the epoch of a note that is no note.
         epoch.words()[0].store(1, Ordering::Release);
+        let park = park::Maps {
+            parked: Arc::new(words_of(&take("PARKED")?, places as usize * PARKED_WORDS)?),
+            parker: Arc::new(words_of(&take("PARKER")?, size_of::<Parker>() / 8)?),
+        };
+        let hits = words_of(&take("HITS")?, 1)?;
         let requests = RingBuf::try_from(take("REQUESTS")?).map_err(|e| load(&e))?;
         let disks = HashMap::try_from(take("DISKS")?).map_err(|e| load(&e))?;
         let kept = ArrayOfMaps::try_from(take("KEPT")?).map_err(|e| load(&e))?;
@@ -75,7 +104,7 @@ impl Object {
         }
         // What is attached last runs first (`bpf_trampoline_link_prog` adds at the head): so the first copy is the first.
         for copy in (0..options.copies.clamp(1, COPIES)).rev() {
-            let program: &mut FEntry = program(&mut ebpf, &format!("wait_{copy}"))?;
+            let program: &mut FEntry = program(&mut ebpf, &technique.program(copy))?;
             program.attach().map_err(|e| load(&e))?;
         }
         Ok(Loaded {
@@ -90,12 +119,15 @@ impl Object {
             requests,
             states: States(state),
             epoch,
+            park,
+            hits,
+            place: None,
         })
     }
 
     /// Loads the programs, attaches none: whether the kernel takes them.
     pub(super) fn check(options: &GateOptions) -> Result<(), GateError> {
-        prepare(options).map(|_| ())
+        prepare(options, Technique::Spin, 1).map(|_| ())
     }
 
     /// A number for a gate on `disk`.
@@ -250,10 +282,21 @@ fn words_of(map: &Map, words: usize) -> Result<SharedWords, GateError> {
     SharedWords::map(data.fd().as_fd(), words).map_err(|e| GateError::Load(e.to_string()))
 }
 
+/// Places to sleep: one for each copy on each CPU that there may be.
+fn places() -> Result<u32, GateError> {
+    let cpus = aya::util::nr_cpus().map_err(|(what, error)| GateError::Load(format!("{what}: {error}")))?;
+    u32::try_from(cpus * COPIES).map_err(|_| GateError::Load(format!("{cpus} CPUs are too many")))
+}
+
 /// Loads maps and programs.
-fn prepare(options: &GateOptions) -> Result<Ebpf, GateError> {
+fn prepare(options: &GateOptions, technique: Technique, places: u32) -> Result<Ebpf, GateError> {
     let load = |error: &dyn std::error::Error| GateError::Load(verdict(&one_line(error)));
-    let globals = globals(&KernelBtf::read(&options.btf)?)?;
+    let kernel = KernelBtf::read(&options.btf)?;
+    let globals = globals(&kernel)?;
+    let mut object = Cow::Borrowed(OBJECT);
+    if technique == Technique::Park {
+        park::put_calls(object.to_mut(), &kernel)?;
+    }
     // Parsed once: that takes long.
     let btf = Btf::from_sys_fs().map_err(|e| load(&e))?;
     let mut loader = EbpfLoader::new();
@@ -261,14 +304,15 @@ fn prepare(options: &GateOptions) -> Result<Ebpf, GateError> {
     for (name, value) in &globals {
         loader.override_global(name, value, true);
     }
-    let mut ebpf = loader.load(OBJECT).map_err(|e| load(&e))?;
+    loader.map_max_entries("PARKED", places);
+    let mut ebpf = loader.load(&object).map_err(|e| load(&e))?;
     for (name, tracepoint) in AUDITORS {
         let program: &mut BtfTracePoint = program(&mut ebpf, name)?;
         program.load(tracepoint, &btf).map_err(|e| load(&e))?;
     }
     for copy in 0..options.copies.clamp(1, COPIES) {
-        let program: &mut FEntry = program(&mut ebpf, &format!("wait_{copy}"))?;
-        program.load(ENTRY, &btf).map_err(|e| load(&e))?;
+        let program: &mut FEntry = program(&mut ebpf, &technique.program(copy))?;
+        program.load(technique.entry(), &btf).map_err(|e| load(&e))?;
     }
     Ok(ebpf)
 }

@@ -12,14 +12,16 @@ use std::thread::JoinHandle;
 
 use aya::maps::{MapData, RingBuf};
 use blksnap_common::blockrange::{BlockRange, word_mask};
-use blksnap_common::gate::{GateState, REQUEST_BYTES, Request, armed, broken};
+use blksnap_common::gate::{GateState, MAX_GATES, REQUEST_BYTES, Request, armed, broken};
 use blksnap_common::track::Slot;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::object::{Loaded, Object, States, Word};
+use super::park::{self, Place};
 use super::preempt::Switched;
 use super::source::Source;
+use super::technique::{Chosen, Technique};
 use super::{GateError, GateOptions};
 use crate::cow::{ChunkLayout, ChunkParams};
 use crate::disk::{BlockDevice, Disk as _};
@@ -98,6 +100,8 @@ struct Shared {
     waiting: Mutex<VecDeque<Request>>,
     wake: Condvar,
     stop: AtomicBool,
+    /// Where writes sleep, if they do.
+    place: Mutex<Option<Arc<Place>>>,
 }
 
 impl Shared {
@@ -125,19 +129,47 @@ impl Shared {
 
     fn preserve(&self) {
         while let Some(request) = self.next() {
-            let gated = self.gates().get(&request.gate).cloned();
-            if let Some(gated) = gated {
-                gated.preserve(BlockRange {
-                    first: request.first,
-                    last: request.last,
-                });
+            self.keep(&request);
+        }
+    }
+
+    /// Keeps what a request names.
+    fn keep(&self, request: &Request) {
+        let gated = self.gates().get(&request.gate).cloned();
+        if let Some(gated) = gated {
+            gated.preserve(BlockRange {
+                first: request.first,
+                last: request.last,
+            });
+        }
+    }
+
+    fn place(&self) -> MutexGuard<'_, Option<Arc<Place>>> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes those who sleep at a gate that is broken, or for too long.
+    fn look_at_place(&self, now: u64) {
+        let Some(place) = self.place().clone() else {
+            return;
+        };
+        place.beat();
+        if place.has_just_gone() {
+            for gated in self.gates().values() {
+                let word = self.states.word(gated.slot.id, Word::Broken);
+                word.fetch_or(broken::PLACE, Ordering::AcqRel);
             }
         }
+        let deadline = u64::try_from(self.options.deadline.as_nanos()).unwrap_or(u64::MAX);
+        place.look(now, deadline, |gate| {
+            gate < MAX_GATES && self.states.word(gate, Word::Broken).load(Ordering::Acquire) != 0
+        });
     }
 
     /// Signs of life, and broken gates.
     fn look(&self) {
         let now = sched::monotonic();
+        self.look_at_place(now);
         let gates: Vec<_> = self.gates().values().cloned().collect();
         for gated in gates {
             let word = |word| self.states.word(gated.slot.id, word);
@@ -169,6 +201,7 @@ pub(super) fn reasons_of(reasons: u64) -> String {
         (broken::WHOLE_DISK, "an operation changes the whole disk"),
         (broken::MAP, "the kernel's map is incomplete"),
         (broken::GIVEN_UP, "the agent gave up"),
+        (broken::PLACE, "a write that should have slept had no place to"),
     ];
     let said: Vec<&str> = known
         .iter()
@@ -185,6 +218,8 @@ pub(super) struct Server {
     object: Mutex<Object>,
     epoch: SharedWords,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    park: park::Maps,
+    chosen: Chosen,
     /// Memory that has to be fetched again may be on the very device whose writers wait.
     _locked: Locked,
     /// As before when everything else is gone.
@@ -195,6 +230,7 @@ impl Server {
     /// Starts the threads.
     pub(super) fn start(
         loaded: Loaded,
+        chosen: Chosen,
         switched: Option<Switched>,
         options: &GateOptions,
     ) -> Result<Arc<Self>, GateError> {
@@ -203,6 +239,9 @@ impl Server {
             requests,
             states,
             epoch,
+            park,
+            hits: _,
+            place,
         } = loaded;
         let shared = Arc::new(Shared {
             options: options.clone(),
@@ -211,12 +250,15 @@ impl Server {
             waiting: Mutex::default(),
             wake: Condvar::new(),
             stop: AtomicBool::new(false),
+            place: Mutex::default(),
         });
         let server = Arc::new(Self {
             shared: Arc::clone(&shared),
             object: Mutex::new(object),
             epoch,
             threads: Mutex::default(),
+            park,
+            chosen,
             _locked: Locked::touched(),
             _switched: switched,
         });
@@ -226,7 +268,49 @@ impl Server {
             let shared = Arc::clone(&shared);
             server.spawn("blksnap-keep", move || shared.preserve())?;
         }
+        if let Some(place) = place {
+            server.use_place(&mut server.shared.place(), place)?;
+        }
         Ok(server)
+    }
+
+    /// Makes sure that there is a place to sleep, if writes do. No gate is armed, or those that are are broken.
+    pub(super) fn ready(&self) -> Result<(), GateError> {
+        if self.chosen.technique != Technique::Park {
+            return Ok(());
+        }
+        let mut current = self.shared.place();
+        if current.as_ref().is_some_and(|place| !place.is_gone()) {
+            return Ok(());
+        }
+        drop(current.take());
+        let place = Place::open(&self.shared.options, self.park.clone())?;
+        self.use_place(&mut current, place)
+    }
+
+    /// Starts the workers of a place.
+    fn use_place(&self, current: &mut Option<Arc<Place>>, place: Arc<Place>) -> Result<(), GateError> {
+        for _ in 0..self.shared.options.threads.max(1) {
+            let shared = Arc::clone(&self.shared);
+            let served = Arc::clone(&place);
+            let started = self.spawn("blksnap-park", move || {
+                while let Some(sleeper) = served.next() {
+                    shared.keep(&sleeper.request);
+                    served.done(&sleeper);
+                }
+            });
+            if let Err(error) = started {
+                place.end();
+                return Err(error);
+            }
+        }
+        *current = Some(place);
+        Ok(())
+    }
+
+    /// How writes wait, and why so.
+    pub(super) const fn chosen(&self) -> &Chosen {
+        &self.chosen
     }
 
     fn spawn(&self, name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<(), GateError> {
@@ -416,6 +500,11 @@ impl Drop for Server {
         self.shared.stop.store(true, Ordering::Release);
         drop(self.shared.waiting());
         self.shared.wake.notify_all();
+        // The place ends its threads before they are waited for.
+        let place = self.shared.place().take();
+        if let Some(place) = &place {
+            place.end();
+        }
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
             if thread.join().is_err() {

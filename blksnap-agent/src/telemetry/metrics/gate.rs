@@ -15,6 +15,8 @@ use super::{Encoded, Families};
 pub struct GateSample {
     /// Value of the label `device`: the kernel's name.
     pub device: String,
+    /// How writes wait.
+    pub technique: &'static str,
     /// Writes that found everything kept.
     pub passed: u64,
     /// Writes that waited.
@@ -35,6 +37,15 @@ pub struct GateSample {
 
 pub(super) fn encode(gates: &[GateSample], out: &mut Families<'_>) -> Encoded {
     out.gauge("gates", "Devices with a gate.", None, gates.len() as u64)?;
+    out.gauges(
+        "gate_technique",
+        "1 for how writes of the device wait: in a loop (spin), or asleep (park).",
+        None,
+        gates.iter().map(|gate| {
+            let labels = [("device", gate.device.as_str()), ("technique", gate.technique)];
+            (labels, 1)
+        }),
+    )?;
     out.counters(
         "gate_passed_writes",
         "Writes that found all old data kept.",

@@ -135,6 +135,7 @@ fn sample() -> Sample {
         }],
         gates: vec![GateSample {
             device: "sdb1".to_owned(),
+            technique: "park",
             passed: 40,
             held: 3,
             hold_times: vec![(1e-6, 1), (f64::INFINITY, 2)],

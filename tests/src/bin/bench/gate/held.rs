@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use blksnap_agent::cow::{ChunkParams, SnapshotKey};
 use blksnap_agent::disk::BlockDevice;
 use blksnap_agent::engine::cow::{Broken, Image, Promise, Store, StoreOptions};
-use blksnap_agent::filter::gate::{Availability, Gate, GateOptions, Gates, Member, Preemption};
+use blksnap_agent::filter::gate::{Gate, GateOptions, Gates, Member, Preemption, Wish};
 use blksnap_agent::storage::{Pool, PoolOptions, StorageSpec};
 use blksnap_common::gate::{GateState, HOLD_BUCKETS};
 use blksnap_tests::{complain, lab};
@@ -37,12 +37,8 @@ impl Held {
             // A kernel that can't says so below.
             let _ = std::fs::write("/sys/kernel/debug/sched/preempt", "full");
         }
-        match Availability::lacks(&Availability {
-            preemption: Preemption::now(),
-            programs: Ok(()),
-        }) {
-            None => {}
-            Some(what) => return lab::absent(what),
+        if options.technique == Wish::Spin && !Preemption::now().can_spin() {
+            return lab::absent(format!("preemption is {}", Preemption::now()));
         }
         let device = BlockDevice::open(disks.origin())?;
         let shift = chunk.trailing_zeros();

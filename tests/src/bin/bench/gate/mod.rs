@@ -10,9 +10,10 @@ mod held;
 mod load;
 
 use anyhow::Result;
-use blksnap_agent::filter::gate::GateOptions;
+use blksnap_agent::filter::gate::park::{self, ParkerCommand};
+use blksnap_agent::filter::gate::{Availability, GateOptions, Wish};
 use blksnap_common::gate::GateState;
-use blksnap_tests::lab;
+use blksnap_tests::{agent_binary, complain, lab};
 
 use self::disks::{Disks, Snapshot};
 use self::held::Held;
@@ -25,18 +26,38 @@ const ROUNDS: usize = 3;
 /// Bytes of a chunk of all of them.
 const CHUNK: u64 = 64 << 10;
 
-/// Ways of holding writes, with their names in figures.
+/// Ways of holding writes that this kernel has, with their names in figures.
 fn techniques() -> Vec<(&'static str, GateOptions)> {
-    vec![
-        ("spin", GateOptions::default()),
+    let spin = GateOptions {
+        technique: Wish::Spin,
+        ..GateOptions::default()
+    };
+    let mut found = vec![
+        ("spin", spin.clone()),
         (
             "spin_rt",
             GateOptions {
                 priority: Some(50),
-                ..GateOptions::default()
+                ..spin
             },
         ),
-    ]
+    ];
+    let park = agent_binary().map(|program| GateOptions {
+        technique: Wish::Park,
+        parker: ParkerCommand {
+            program,
+            arguments: vec![park::SUBCOMMAND.into()],
+        },
+        ..GateOptions::default()
+    });
+    match park {
+        Ok(park) => match Availability::check_park(&park) {
+            Ok(()) => found.push(("park", park)),
+            Err(error) => complain(format_args!("bench: no park: {error}")),
+        },
+        Err(error) => complain(format_args!("bench: no park: {error:#}")),
+    }
+    found
 }
 
 /// Writes a second.
