@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use blksnap_agent::engine::cow::Image;
+use blksnap_agent::filter::gate::park::{self, ParkerCommand};
 use blksnap_agent::filter::gate::{Gate, GateOptions};
 use blksnap_tests::lab::{self, KernelLog};
-use blksnap_tests::seed;
+use blksnap_tests::{agent_binary, seed};
 
 use load::{Fio, Load};
 use origin::{Held, Kind, Origin};
@@ -96,12 +97,17 @@ fn time() -> Duration {
 }
 
 /// In an emulated guest time runs in jerks: bounds that only a real machine keeps are wide here.
-fn options() -> GateOptions {
-    GateOptions {
+fn options() -> Result<GateOptions> {
+    Ok(GateOptions {
         deadline: Duration::from_secs(10),
         silence: Duration::from_secs(8),
+        // This program is not the agent.
+        parker: ParkerCommand {
+            program: agent_binary()?,
+            arguments: vec![park::SUBCOMMAND.into()],
+        },
         ..GateOptions::default()
-    }
+    })
 }
 
 /// Cases share the guest's disks.
@@ -113,7 +119,7 @@ fn holds(name: &str, case: &Case) -> Result<()> {
     case.load.needs()?;
     let seed = seed(name);
     let mut log = KernelLog::follow()?;
-    let held = Held::new(options())?;
+    let held = Held::new(options()?)?;
     let mut origin = Origin::new(case.kind, case.size, seed)?;
     // A file system is busy when it is taken; on a raw device writing begins after the instant, which is known then.
     let began = Instant::now();

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use blksnap_agent::cow::{ChunkParams, SnapshotKey};
 use blksnap_agent::disk::BlockDevice;
 use blksnap_agent::engine::cow::{Broken, Promise, Store, StoreOptions};
-use blksnap_agent::filter::gate::{GateOptions, Gates, Member};
+use blksnap_agent::filter::gate::{GateOptions, Gates, Member, Wish};
 use blksnap_agent::storage::{Pool, PoolOptions, StorageSpec};
 use clap::Parser;
 
@@ -37,6 +37,8 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let gates = Gates::new(GateOptions {
         copies: arguments.copies,
+        // This program is no parker.
+        technique: Wish::Spin,
         ..GateOptions::with_deadline(Duration::from_secs(10))
     });
     let device = BlockDevice::open(&arguments.device)?;
