@@ -12,6 +12,7 @@ pub mod inherit;
 pub mod ioctl;
 pub mod loopdev;
 pub mod mman;
+pub mod reads;
 pub mod sched;
 #[cfg(feature = "ublk")]
 pub mod ublk;

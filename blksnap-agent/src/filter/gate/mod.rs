@@ -27,6 +27,7 @@
 //! Threads that preserve read the origin past its own page cache (`source` says how), since a direct read first
 //! writes back the cached pages of the node that it goes through, and that write could wait here for the read.
 
+mod batch;
 mod error;
 mod image;
 mod object;

@@ -1,8 +1,9 @@
 //! Serve: threads that preserve what writers wait for, and one that watches the gates.
 //!
-//! One thread takes requests out of the ring, gives signs of life to the programs, and looks whether a gate is broken.
-//! It never reads or writes a disk. The others have the units admitted, which preserves them, and set their bits while
-//! they are: who arms a snapshot waits for that, and clears the bits then, so no bit of before is left.
+//! One thread gives signs of life to the programs, and looks whether a gate is broken. It never reads or writes a disk.
+//! Another takes requests out of the ring, and serves those that are short in batches ([`super::batch`]); the others
+//! serve the long ones. All have the units admitted, which preserves them, and set their bits while they are: who arms a
+//! snapshot waits for that, and clears the bits then, so no bit of before is left.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::AsFd as _;
@@ -17,6 +18,7 @@ use blksnap_common::track::Slot;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::batch::Batch;
 use super::object::{Loaded, Object, States, Word};
 use super::park::{self, Place};
 use super::preempt::Switched;
@@ -60,7 +62,7 @@ impl Gated {
         }
     }
 
-    fn are_kept(&self, range: BlockRange) -> bool {
+    pub(super) fn are_kept(&self, range: BlockRange) -> bool {
         let words = self.kept.words();
         (range.first / 64..=range.last / 64).all(|word| {
             let mask = word_mask(range, word);
@@ -71,8 +73,18 @@ impl Gated {
         })
     }
 
+    /// First byte and length of units, as far as the device has them; `None` if it has none of them.
+    pub(super) fn bytes_of(&self, range: BlockRange) -> Option<(u64, u64)> {
+        let unit = self.layout.unit_bytes();
+        let offset = range.first.checked_mul(unit)?;
+        let end = (range.last.checked_add(1)?)
+            .checked_mul(unit)?
+            .min(self.layout.size());
+        (offset < end).then(|| (offset, end - offset))
+    }
+
     /// Preserves the units, a word of the bitmap at a time, so that who waits for the first goes on.
-    fn preserve(&self, range: BlockRange) {
+    pub(super) fn preserve(&self, range: BlockRange) {
         let unit = self.layout.unit_bytes();
         let last_unit = (self.layout.size() - 1) / unit;
         let mut first = range.first;
@@ -216,7 +228,7 @@ pub(super) fn reasons_of(reasons: u64) -> String {
 pub(super) struct Server {
     shared: Arc<Shared>,
     object: Mutex<Object>,
-    epoch: SharedWords,
+    epoch: Arc<SharedWords>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     park: park::Maps,
     chosen: Chosen,
@@ -255,13 +267,15 @@ impl Server {
         let server = Arc::new(Self {
             shared: Arc::clone(&shared),
             object: Mutex::new(object),
-            epoch,
+            epoch: Arc::new(epoch),
             threads: Mutex::default(),
             park,
             chosen,
             _locked: Locked::touched(),
             _switched: switched,
         });
+        let beating = Arc::clone(&shared);
+        server.spawn("blksnap-beat", move || beat(&beating))?;
         let watched = Arc::clone(&shared);
         server.spawn("blksnap-gate", move || watch(&watched, requests))?;
         for _ in 0..options.threads.max(1) {
@@ -380,7 +394,12 @@ impl Server {
         set(Word::Deadline, nanoseconds(options.deadline));
         set(Word::Silence, nanoseconds(options.silence));
         set(Word::Beat, sched::monotonic());
-        let source = Arc::new(Source::open(device, gate, Arc::clone(states))?);
+        let source = Arc::new(Source::open(
+            device,
+            gate,
+            Arc::clone(states),
+            Arc::clone(&self.epoch),
+        )?);
         let layout = params.layout(device.capacity, device.logical_block, source.minimum_io());
         let units = layout.size().div_ceil(layout.unit_bytes());
         let too_large = |_| GateError::Map {
@@ -452,6 +471,8 @@ impl Server {
 
     /// From here on a write that comes by breaks the gate: those of before have passed.
     pub(super) fn begin_audit(&self, gated: &Gated) {
+        // Data that was read while writes of before were on their way is not the instant's.
+        self.epoch.words()[0].fetch_add(1, Ordering::SeqCst);
         let word = self.shared.states.word(gated.slot.id, Word::Armed);
         word.store(armed::AUDITED, Ordering::SeqCst);
     }
@@ -514,22 +535,52 @@ impl Drop for Server {
     }
 }
 
-/// Takes requests out of the ring until the end.
-fn watch(shared: &Shared, mut ring: RingBuf<MapData>) {
+/// Gives signs of life, and looks at the gates, until the end.
+fn beat(shared: &Shared) {
     while !shared.stop.load(Ordering::Acquire) {
         shared.look();
-        let mut requests = Vec::new();
+        std::thread::sleep(std::time::Duration::from_millis(BEAT.into()));
+    }
+}
+
+/// Takes requests out of the ring until the end, and preserves what can be read at once.
+fn watch(shared: &Shared, mut ring: RingBuf<MapData>) {
+    let batch = ring.as_fd().try_clone_to_owned().and_then(Batch::new);
+    let mut batch = match batch {
+        Ok(batch) => Some(batch),
+        Err(error) => {
+            tracing::info!(%error, "io_uring is not available, old data is read request after request");
+            None
+        }
+    };
+    while !shared.stop.load(Ordering::Acquire) {
+        let mut left = 0;
         while let Some(item) = ring.next() {
-            requests.extend(request(&item));
+            let Some(request) = request(&item) else { continue };
+            drop(item);
+            if request.first == 0 && request.last == 0 {
+                // A gate that breaks sends this.
+                shared.look();
+            }
+            let taken = batch.as_mut().is_some_and(|batch| {
+                let gated = shared.gates().get(&request.gate).cloned();
+                gated.is_none_or(|gated| batch.take(&gated, &request))
+            });
+            if !taken {
+                shared.waiting().push_back(request);
+                left += 1;
+            }
         }
-        if requests.is_empty() {
-            wait(&ring);
-            continue;
-        }
-        let count = requests.len();
-        shared.waiting().extend(requests);
-        for _ in 0..count {
-            shared.wake.notify_one();
+        (0..left).for_each(|_| shared.wake.notify_one());
+        match &mut batch {
+            Some(some) => {
+                if let Err(error) = some.wait() {
+                    tracing::warn!(%error, "io_uring fails; old data is read request after request");
+                    batch.take().into_iter().for_each(Batch::preserve_rest);
+                }
+            }
+            None if left == 0 => wait(&ring),
+            None => {}
         }
     }
 }

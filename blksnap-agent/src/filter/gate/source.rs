@@ -12,18 +12,21 @@
 //! Each of these nodes has a page cache of its own, which nobody fills. Who writes to a whole disk through its page
 //! cache while one of its partitions has a gate is the one exception: such a write can wait until the deadline.
 
+use std::cell::RefCell;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
 use super::GateError;
 use super::object::{States, Word};
 use crate::disk::{Allocation, BlockDevice, Disk, Zero};
+use crate::sys::mman::SharedWords;
 use crate::sys::{AlignedBuffer, ioctl};
 
 /// Number of the partition over a whole disk: the last that the kernel knows (`DISK_MAX_PARTS` of
@@ -147,12 +150,48 @@ pub struct Source {
     direct: bool,
     gate: u32,
     states: Arc<States>,
+    /// Of all gates: armings and beginnings of an audit.
+    epoch: Arc<SharedWords>,
 }
+
+/// Where bytes of the device are to be read: what is asked for, made as wide as direct reads are.
+pub(super) struct Reach {
+    pub(super) file: Arc<File>,
+    /// First byte in the file.
+    pub(super) position: u64,
+    pub(super) length: usize,
+    /// First byte of the device.
+    pub(super) start: u64,
+}
+
+/// Bytes of the device that were read in an epoch.
+pub(super) struct Ahead<'a> {
+    pub(super) epoch: u64,
+    /// First byte of the device.
+    pub(super) start: u64,
+    pub(super) data: &'a [u8],
+}
+
+/// A copy of them, for reads of this thread.
+#[derive(Default)]
+struct Kept {
+    gate: u32,
+    epoch: u64,
+    start: u64,
+    data: Vec<u8>,
+}
+
+thread_local! {
+    static AHEAD: RefCell<Kept> = RefCell::default();
+}
+
+/// How long the end of reads in flight is waited for, at most, and how often.
+const LAST_READS: (Duration, u32) = (Duration::from_millis(1), 2000);
 
 /// An open way to the bytes, in the order in which it is given up.
 #[derive(Debug)]
 struct Way {
-    file: File,
+    file: Arc<File>,
     _alias: Option<Alias>,
 }
 
@@ -167,7 +206,12 @@ impl std::fmt::Debug for Source {
 
 impl Source {
     /// Finds a way to the bytes of `device`, whose gate is `gate`.
-    pub(super) fn open(device: &BlockDevice, gate: u32, states: Arc<States>) -> Result<Self, GateError> {
+    pub(super) fn open(
+        device: &BlockDevice,
+        gate: u32,
+        states: Arc<States>,
+        epoch: Arc<SharedWords>,
+    ) -> Result<Self, GateError> {
         let failed = |error: io::Error| GateError::Source {
             device: device.path.clone(),
             reason: error.to_string(),
@@ -175,7 +219,10 @@ impl Source {
         let (reading, file, start, direct, alias) = Self::way(device).map_err(failed)?;
         Ok(Self {
             name: device.path.display().to_string(),
-            way: RwLock::new(Some(Way { file, _alias: alias })),
+            way: RwLock::new(Some(Way {
+                file: Arc::new(file),
+                _alias: alias,
+            })),
             reading,
             start,
             size: device.capacity.bytes(),
@@ -184,6 +231,7 @@ impl Source {
             direct,
             gate,
             states,
+            epoch,
         })
     }
 
@@ -220,7 +268,71 @@ impl Source {
 
     /// Gives the way up. Reads fail from now on.
     pub(super) fn close(&self) {
-        *self.way.write().unwrap_or_else(PoisonError::into_inner) = None;
+        let way = self.way.write().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(way) = way else { return };
+        // A partition that is being read can't be taken back.
+        for _ in 0..LAST_READS.1 {
+            if Arc::strong_count(&way.file) == 1 {
+                break;
+            }
+            std::thread::sleep(LAST_READS.0);
+        }
+        drop(way);
+    }
+
+    /// Changes with every arming of a gate, and every beginning of an audit.
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch.words()[0].load(Ordering::SeqCst)
+    }
+
+    /// Where to read bytes that are within the device; `None` if the gate is gone.
+    pub(super) fn reach(&self, offset: u64, length: u64) -> Option<Reach> {
+        let way = self.way.read().unwrap_or_else(PoisonError::into_inner);
+        let file = Arc::clone(&way.as_ref()?.file);
+        let block = if self.direct {
+            u64::from(self.logical_block)
+        } else {
+            1
+        };
+        let start = offset - offset % block;
+        let end = (offset + length).next_multiple_of(block).min(self.size);
+        Some(Reach {
+            file,
+            position: self.start + start,
+            length: usize::try_from(end.checked_sub(start)?).ok()?,
+            start,
+        })
+    }
+
+    /// Does `work`, whose reads on this thread are answered from `ahead`, if they are within it and its epoch is still
+    /// this one.
+    pub(super) fn with(&self, ahead: &Ahead<'_>, work: impl FnOnce()) {
+        AHEAD.with_borrow_mut(|kept| {
+            kept.gate = self.gate;
+            kept.epoch = ahead.epoch;
+            kept.start = ahead.start;
+            kept.data.clear();
+            kept.data.extend_from_slice(ahead.data);
+        });
+        work();
+        AHEAD.with_borrow_mut(|kept| kept.data.clear());
+    }
+
+    /// Fills the buffer from what this thread has read before; `false` if it has not.
+    fn read_ahead(&self, buffer: &mut [u8], offset: u64) -> bool {
+        AHEAD.with_borrow(|kept| {
+            let from = offset
+                .checked_sub(kept.start)
+                .and_then(|from| usize::try_from(from).ok());
+            let data = from.and_then(|from| kept.data.get(from..)?.get(..buffer.len()));
+            match data {
+                Some(data) if kept.gate == self.gate && kept.epoch == self.epoch() => {
+                    buffer.copy_from_slice(data);
+                    true
+                }
+                _ => false,
+            }
+        })
     }
 
     fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
@@ -288,7 +400,7 @@ impl Disk for Source {
         if within.is_none_or(|end| end > self.size) {
             return Err(Errno::EINVAL.into());
         }
-        if !buffer.is_empty() {
+        if !buffer.is_empty() && !self.read_ahead(buffer, offset) {
             self.read(buffer, offset)?;
         }
         // The data first: nothing of this look may come before it.
