@@ -132,6 +132,8 @@ pub struct Origin {
     pub(super) settled: Settled,
     pub(super) times: Times,
     pub(super) mover: Mover,
+    /// What a thread that stores old data does first.
+    first: Option<Arc<dyn Fn() + Send + Sync>>,
 }
 
 impl std::fmt::Debug for Origin {
@@ -162,7 +164,15 @@ impl Origin {
             settled: Settled::default(),
             times: Times::default(),
             mover: Mover::default(),
+            first: None,
         }
+    }
+
+    /// Has each thread that stores old data do this first: who waits for writes to be held gives them its priority.
+    #[must_use]
+    pub fn with_workers_that(mut self, first: impl Fn() + Send + Sync + 'static) -> Self {
+        self.first = Some(Arc::new(first));
+        self
     }
 
     /// The disk.
@@ -443,9 +453,13 @@ impl Origin {
     fn start_worker(self: &Arc<Self>, store: &Arc<Store>) -> std::io::Result<JoinHandle<()>> {
         let origin: Weak<Self> = Arc::downgrade(self);
         let store = Arc::clone(store);
+        let first = self.first.clone();
         std::thread::Builder::new()
             .name("blksnap-store".to_owned())
             .spawn(move || {
+                if let Some(first) = first {
+                    first();
+                }
                 while let Some((id, staged)) = store.staging.next() {
                     let Some(origin) = origin.upgrade() else {
                         return;

@@ -423,13 +423,14 @@ impl Server {
             flags: 0,
             reserved: 0,
         };
+        let priority = options.priority;
         let gated = Arc::new(Gated {
             slot,
             disk,
-            origin: Arc::new(Origin::new(
-                Arc::clone(&source) as Arc<dyn crate::disk::Disk>,
-                layout,
-            )),
+            origin: Arc::new(
+                Origin::new(Arc::clone(&source) as Arc<dyn crate::disk::Disk>, layout)
+                    .with_workers_that(move || store_for_others(priority)),
+            ),
             source,
             layout,
             kept,
@@ -564,7 +565,12 @@ fn watch(shared: &Shared, mut ring: RingBuf<MapData>) {
             }
             let taken = batch.as_mut().is_some_and(|batch| {
                 let gated = shared.gates().get(&request.gate).cloned();
-                gated.is_none_or(|gated| batch.take(&gated, &request))
+                // While a take is made who admits units of the device waits for its end: not this thread.
+                let armed = shared
+                    .states
+                    .word(request.gate, Word::Armed)
+                    .load(Ordering::Acquire);
+                gated.is_none_or(|gated| armed != armed::HOLDS && batch.take(&gated, &request))
             });
             if !taken {
                 shared.waiting().push_back(request);
@@ -582,6 +588,17 @@ fn watch(shared: &Shared, mut ring: RingBuf<MapData>) {
             None if left == 0 => wait(&ring),
             None => {}
         }
+    }
+}
+
+/// What a thread that stores old data does first. It has locks that those who preserve need: writers that turn in a loop
+/// must not keep it from giving them back.
+fn store_for_others(priority: Option<u8>) {
+    sched::flush_for_others();
+    if let Some(priority) = priority
+        && let Err(errno) = sched::real_time(priority.saturating_sub(1).max(1))
+    {
+        tracing::debug!(%errno, "a thread that stores old data has no priority");
     }
 }
 
