@@ -76,6 +76,8 @@ pub struct GateOptions {
     pub priority: Option<u8>,
     /// Copies of the waiting program, 1 to [`COPIES`]: writers that can wait on one CPU.
     pub copies: usize,
+    /// Whether one thread reads for all short requests at once, with io_uring; else each is read for by a thread of its own.
+    pub batches: bool,
     /// Makes the kernel preempt as it must while there are gates; none: it is as it is.
     pub preempt: Option<Switch>,
     /// How writes are to wait.
@@ -94,6 +96,7 @@ impl Default for GateOptions {
             threads: 4,
             priority: None,
             copies: COPIES,
+            batches: false,
             preempt: None,
             technique: Wish::Auto,
             parker: ParkerCommand::default(),

@@ -546,9 +546,9 @@ fn beat(shared: &Shared) {
 
 /// Takes requests out of the ring until the end, and preserves what can be read at once.
 fn watch(shared: &Shared, mut ring: RingBuf<MapData>) {
-    let batch = ring.as_fd().try_clone_to_owned().and_then(Batch::new);
-    let mut batch = match batch {
-        Ok(batch) => Some(batch),
+    let batch = || ring.as_fd().try_clone_to_owned().and_then(Batch::new);
+    let mut batch = match shared.options.batches.then(batch).transpose() {
+        Ok(batch) => batch,
         Err(error) => {
             tracing::info!(%error, "io_uring is not available, old data is read request after request");
             None

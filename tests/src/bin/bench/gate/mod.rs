@@ -38,6 +38,21 @@ fn techniques() -> Vec<(&'static str, GateOptions)> {
             "spin_rt",
             GateOptions {
                 priority: Some(50),
+                ..spin.clone()
+            },
+        ),
+        (
+            "spin_batches",
+            GateOptions {
+                batches: true,
+                ..spin.clone()
+            },
+        ),
+        (
+            "spin_batches_rt",
+            GateOptions {
+                batches: true,
+                priority: Some(50),
                 ..spin
             },
         ),
