@@ -34,7 +34,7 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     let (kernel, rest) = split(arguments)?;
     let kernel = kernels::find(&kernel, false)?;
     crate::toolchain::set_up(None)?;
-    let (_, tool) = workspace::build_with_tool(Profile::Release, "blksnap-bench")?;
+    let (agent, tool) = workspace::build_with_tool(Profile::Release, "blksnap-bench")?;
     let disk = || Disk {
         bus: Bus::Virtio,
         content: Content::Scratch(DISK_BYTES),
@@ -47,7 +47,7 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
         shares: Vec::new(),
         append: Vec::new(),
         modules: Vec::new(),
-        environment: Vec::new(),
+        environment: vec![("BLKSNAP_AGENT".to_owned(), agent.display().to_string())],
         timeout: LONGEST,
         console: false,
     };

@@ -138,7 +138,10 @@ fn a_sleeper_wakes_when_its_units_are_kept_and_may_sleep_again() {
                 })
             })
             .collect();
-        let results: Vec<_> = sleepers.into_iter().map(|sleeper| sleeper.join()).collect();
+        let results: Vec<_> = sleepers
+            .into_iter()
+            .map(std::thread::ScopedJoinHandle::join)
+            .collect();
         // The workers end, whatever was found.
         place.end();
         for result in results {
