@@ -555,14 +555,12 @@ fn watch(shared: &Shared, mut ring: RingBuf<MapData>) {
         }
     };
     while !shared.stop.load(Ordering::Acquire) {
+        // Who takes requests lives, though the thread that says so may be kept from the processor.
+        shared.look();
         let mut left = 0;
         while let Some(item) = ring.next() {
             let Some(request) = request(&item) else { continue };
             drop(item);
-            if request.first == 0 && request.last == 0 {
-                // A gate that breaks sends this.
-                shared.look();
-            }
             let taken = batch.as_mut().is_some_and(|batch| {
                 let gated = shared.gates().get(&request.gate).cloned();
                 // While a take is made who admits units of the device waits for its end: not this thread.
