@@ -11,6 +11,7 @@
 //! - [`numbered`]: writes of which one can tell at which instant a disk was looked at.
 //! - [`path`]: every way to write to a device, and the comparison of what changed with what is reported.
 //! - [`lab`]: what a test finds in a guest with another kernel.
+//! - [`volumes`]: LVM in such a guest.
 //! - [`nbd`]: the client's side of the NBD protocol, as an oracle.
 //! - [`seed`]: the seed of a random test, printed, or given by `BLKSNAP_SEED` to repeat a run.
 //!
@@ -25,6 +26,7 @@ pub mod nbd;
 pub mod numbered;
 pub mod path;
 mod tamper;
+pub mod volumes;
 mod writer;
 mod zram;
 

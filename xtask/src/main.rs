@@ -62,7 +62,7 @@ enum Command {
     /// Run every test (root: they make loop devices and load eBPF programs), or with --vm those of the lab, in guests
     Test(test::Arguments),
     /// Measure the agent on devices made for it (root): `track`, of it `storm` and `idle`, `converge`, `cow`, `nbd`;
-    /// everything without a NAME. `gate [--kernel NAME]` runs in a guest (see `vm`), and only if it is named
+    /// everything without a NAME. `gate` and `dm [--kernel NAME]` run in a guest (see `vm`), and only if named
     Bench {
         /// Arguments of the benchmark: `[NAME]... [--output json]`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "NAME")]

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use uuid::Uuid;
 
@@ -23,7 +23,9 @@ use crate::cbt::Taken;
 use crate::disk::BlockDevice;
 use crate::engine::CancelToken;
 use crate::filter::converge::Consistency;
-use crate::filter::dm::{Condition, Dm, DmError, DmImage, DmOptions, MappedImage, Origin, Place, Recovered};
+use crate::filter::dm::{
+    Condition, Dm, DmError, DmImage, DmOptions, MappedImage, Origin, Place, Recovered, Taken as Made,
+};
 use crate::filter::instant::{self, Moment, Terms};
 use crate::storage::{DeviceExtent, StorageSpec, Usage};
 use crate::tracker::Tracker;
@@ -31,6 +33,9 @@ use crate::units::{SECTOR_BYTES, Sectors, SnapshotId};
 
 /// How often images are looked at.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// How long storage that could not grow is left alone before it is tried again.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// The dm filter, opened when it is needed first, and what it found then.
 #[derive(Debug)]
@@ -165,7 +170,7 @@ impl MappedHold {
         })?;
         let taken = prepared.finish()?;
         tracing::info!(snapshot = %self.id, suspended = ?taken.suspended, "devices of device-mapper were suspended");
-        let kept = self.keep(&dm, &moments, &taken.images);
+        let kept = self.keep(&dm, &moments, &taken);
         if kept.is_err()
             && let Err(error) = dm.release(self.id)
         {
@@ -178,11 +183,13 @@ impl MappedHold {
         &self,
         dm: &Arc<Dm>,
         moments: &[Moment],
-        images: &[DmImage],
+        made: &Made,
     ) -> Result<(MappedHeld, Vec<Image>), SnapshotError> {
+        let images = &made.images;
         let mut found = Vec::with_capacity(images.len());
         for ((device, moment), image) in self.devices.iter().zip(moments).zip(images) {
             let content = MappedImage::open(Arc::clone(dm), self.id, *image, Arc::clone(&self.tracker))?;
+            let content = content.with_suspended(made.suspended);
             found.push(Image {
                 size: content.size(),
                 member: Member::Mapped(device.clone()),
@@ -326,6 +333,7 @@ impl MappedHeld {
             autogrow: options.autogrow,
             events: Arc::clone(events),
             told: BTreeMap::new(),
+            failed: BTreeMap::new(),
         };
         let stopped = Arc::clone(&stop);
         let watch = std::thread::Builder::new()
@@ -356,10 +364,32 @@ impl MappedHeld {
         let id = document.id;
         let images = keeper.found(id)?;
         let dm = keeper.dm().map_err(|error| error.to_string())?;
+        let found = Self::images(&dm, &images, document, tracker).inspect_err(|_| {
+            // Nobody goes on with it: it must not stand in the way of the device, or of another one with its number.
+            if let Err(error) = dm.release(id) {
+                tracing::warn!(snapshot = %id, %error, "devices of a snapshot that is lost stay until it is destroyed");
+            }
+        })?;
+        let options = HoldOptions {
+            minimum: document.minimum,
+            autogrow: document.autogrow,
+            ..options.clone()
+        };
+        let held = Self::watched(&dm, id, Some(directory), &found, &options, events);
+        Ok((held, found))
+    }
+
+    /// The images of an agent before this one, each with its origin.
+    fn images(
+        dm: &Arc<Dm>,
+        images: &[DmImage],
+        document: &Document,
+        tracker: &Arc<Tracker>,
+    ) -> Result<Vec<Image>, String> {
         let mut found = Vec::with_capacity(images.len());
         for (image, member) in images.iter().zip(&document.members) {
             let device = BlockDevice::open(&member.path).map_err(|error| error.to_string())?;
-            let content = MappedImage::open(Arc::clone(&dm), id, *image, Arc::clone(tracker));
+            let content = MappedImage::open(Arc::clone(dm), document.id, *image, Arc::clone(tracker));
             let content = content.map_err(|error| error.to_string())?;
             if device.id != image.origin || content.size() != member.size {
                 return Err(format!("{} is another device now", member.path.display()));
@@ -380,13 +410,7 @@ impl MappedHeld {
                 rounds: 0,
             });
         }
-        let options = HoldOptions {
-            minimum: document.minimum,
-            autogrow: document.autogrow,
-            ..options.clone()
-        };
-        let held = Self::watched(&dm, id, Some(directory), &found, &options, events);
-        Ok((held, found))
+        Ok(found)
     }
 
     /// Its storage.
@@ -437,6 +461,8 @@ struct Watcher {
     events: Arc<Events>,
     /// By number in `images`: the bytes at which little space was told of last.
     told: BTreeMap<usize, u64>,
+    /// By number in `images`: when it could not grow.
+    failed: BTreeMap<usize, Instant>,
 }
 
 impl Watcher {
@@ -473,14 +499,21 @@ impl Watcher {
         }
         if self.told.get(&number) != Some(&usage.bytes) {
             self.told.insert(number, usage.bytes);
+            self.failed.remove(&number);
             self.events.send(EventData::LowFreeSpace {
                 requested: Sectors::new(self.minimum / SECTOR_BYTES),
             });
-            if self.autogrow
-                && let Err(error) = self.dm.grow(self.id, image.device().origin, self.minimum)
-            {
-                tracing::warn!(snapshot = %self.id, device, %error, "the difference storage does not grow");
-            }
+        }
+        let waits = self
+            .failed
+            .get(&number)
+            .is_some_and(|when| when.elapsed() < RETRY);
+        if self.autogrow
+            && !waits
+            && let Err(error) = self.dm.grow(self.id, image.device().origin, self.minimum)
+        {
+            tracing::warn!(snapshot = %self.id, device, %error, "the difference storage does not grow");
+            self.failed.insert(number, Instant::now());
         }
         true
     }

@@ -85,6 +85,8 @@ pub struct TakeSample {
     pub failed: u64,
     /// Time for which file systems were frozen, in seconds.
     pub frozen_seconds: f64,
+    /// Time for which devices of device-mapper were suspended, in seconds.
+    pub suspended_seconds: f64,
     /// Bytes copied.
     pub copied_bytes: u64,
 }
@@ -338,6 +340,13 @@ impl Sample {
             Some(Unit::Seconds),
             MetricType::Counter,
             |mut encoder| encoder.encode_counter::<NoLabelSet, _, u64>(&self.takes.frozen_seconds, None),
+        )?;
+        out.family(
+            "suspended",
+            "Time for which devices of device-mapper were suspended.",
+            Some(Unit::Seconds),
+            MetricType::Counter,
+            |mut encoder| encoder.encode_counter::<NoLabelSet, _, u64>(&self.takes.suspended_seconds, None),
         )?;
         out.counter(
             "copied",

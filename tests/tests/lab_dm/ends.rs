@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use blksnap_agent::filter::dm::Dm;
+use blksnap_agent::filter::dm::journal::Journal;
 use blksnap_agent::units::SnapshotId;
-use blksnap_tests::LoopDevice;
+use blksnap_tests::{LoopDevice, run};
 
 use crate::scene::{Group, MIB, Scene, assert_restored, fill, options, snapshot, table};
 
@@ -172,4 +173,63 @@ fn a_snapshot_outlives_its_agent() -> Result<()> {
     let found = last.recover(false)?;
     ensure!(found.lost.len() == 1 && found.held.is_empty(), "{found:?}");
     assert_restored(&scene, &[&node], &[before])
+}
+
+#[test]
+#[ignore = "needs a kernel with device mapper: cargo xtask test --vm 6.12"]
+fn a_snapshot_of_another_boot_is_lost() -> Result<()> {
+    let scene = Scene::new()?;
+    let disk = LoopDevice::new(40 * MIB)?;
+    let group = Group::new("dmboot", disk.path())?;
+    let node = group.thick("volume", 16)?;
+    let before = table(&node)?;
+    let (id, _, _) = scene.take(&[&node], 8 * MIB)?;
+    let journal = Journal::open(&scene.journal)?;
+    let (mut entries, _) = journal.read()?;
+    ensure!(entries.len() == 1 && entries[0].snapshot == id, "{entries:?}");
+    entries[0].boot = "another".to_owned();
+    journal.write(&entries[0])?;
+    let next = Dm::open(options(&scene.journal)?)?;
+    let found = next.recover(true)?;
+    ensure!(found.held.is_empty() && found.lost.len() == 1, "{found:?}");
+    ensure!(found.lost[0].why.contains("started again"), "{found:?}");
+    assert_restored(&scene, &[&node], &[before])
+}
+
+#[test]
+#[ignore = "needs a kernel with device mapper: cargo xtask test --vm 6.12"]
+fn a_number_that_another_device_has_is_told_of() -> Result<()> {
+    let scene = Scene::new()?;
+    let disk = LoopDevice::new(40 * MIB)?;
+    let table_of = |sector: u64| format!("0 16384 linear {} {sector}", disk.path().display());
+    run("dmsetup", ["create", "dmreused", "--table", &table_of(0)])?;
+    let node = Path::new("/dev/mapper/dmreused");
+    let number = run(
+        "dmsetup",
+        ["info", "-c", "--noheadings", "-o", "minor", "dmreused"],
+    )?;
+    let number = number.trim().to_owned();
+    let (id, _, _) = scene.take(&[node], 8 * MIB)?;
+    // Somebody removes the device, and another one gets its number.
+    run("dmsetup", ["remove", "--retry", "dmreused"])?;
+    let again = [
+        "create",
+        "dmreused",
+        "--minor",
+        &number,
+        "--table",
+        &table_of(32768),
+    ];
+    run("dmsetup", again)?;
+    let tried = scene.take(&[node], 8 * MIB);
+    let error = tried.map(drop).expect_err("it is refused").to_string();
+    ensure!(error.contains(&id.to_string()), "{error}");
+    scene.dm.release(id)?;
+    ensure!(crate::scene::ours()?.is_empty());
+    // Now it can be taken.
+    let (id, taken, bytes) = scene.take(&[node], 8 * MIB)?;
+    crate::same(&taken.images[0], &bytes[0])?;
+    scene.dm.release(id)?;
+    ensure!(table(node)?.contains(" linear "));
+    run("dmsetup", ["remove", "--retry", "dmreused"]).map(drop)
 }

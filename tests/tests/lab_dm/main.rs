@@ -3,12 +3,13 @@
 //!
 //! The oracle is a copy of the device beneath, made while all origins were suspended and nothing passed.
 //!
-//! Root on LVM is out of reach here: a guest's root is not a disk. What is shown is that nothing waits for the agent:
-//! `ends` kills it at every step.
+//! A guest's root is not a disk, so root on LVM is an agent in a root of its own on a volume (`root`).
 
 mod agent;
 mod ends;
+mod kills;
 mod lvm;
+mod root;
 mod scene;
 
 use std::path::Path;

@@ -1,7 +1,6 @@
 //! Scene: volumes to be taken, a place for old data, and what must be the same afterwards. All go with the test.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt as _;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use blksnap_agent::filter::dm::{
     Condition, Dm, DmError, DmImage, DmOptions, Instants, Mapper, Origin, Place, Taken,
 };
 use blksnap_agent::units::SnapshotId;
+pub(crate) use blksnap_tests::volumes::{Group, fill, lvm, ours, table};
 use blksnap_tests::{LoopDevice, agent_binary, complain, lab, read_device, run};
 use tempfile::TempDir;
 
@@ -20,74 +20,6 @@ pub(crate) const MIB: u64 = 1 << 20;
 
 /// Longer than a guest that is emulated takes for anything: it only bounds a hang.
 const LIMIT: Duration = Duration::from_secs(120);
-
-/// LVM without udev, a daemon, or anything of the host's configuration.
-pub(crate) fn lvm(command: &str, arguments: &[&str]) -> Result<String> {
-    let configuration = "activation{udev_sync=0 udev_rules=0 monitoring=0 verify_udev_operations=1} \
-                         devices{use_devicesfile=0 external_device_info_source=\"none\" obtain_device_list_from_udev=0 \
-                         filter=[\"a|^/dev/loop|\",\"a|^/dev/md|\",\"a|^/dev/mapper|\",\"a|^/dev/dm-|\",\"r|.*|\"]} \
-                         backup{backup=0 archive=0} global{use_lvmpolld=0}";
-    let mut words = vec![command, "--config", configuration];
-    if !matches!(command, "pvcreate" | "vgck") {
-        words.push("--yes");
-    }
-    words.extend(arguments);
-    run("lvm", words)
-}
-
-/// A volume group, removed when dropped.
-pub(crate) struct Group {
-    pub(crate) name: String,
-}
-
-impl Group {
-    pub(crate) fn new(name: &str, disk: &Path) -> Result<Self> {
-        let disk = disk.to_string_lossy();
-        lvm("pvcreate", &["-ff", "--yes", &disk])?;
-        lvm("vgcreate", &["--physicalextentsize", "1M", name, &disk])?;
-        Ok(Self {
-            name: name.to_owned(),
-        })
-    }
-
-    /// A volume of `mib` MiB.
-    pub(crate) fn thick(&self, name: &str, mib: u64) -> Result<PathBuf> {
-        let size = format!("{mib}M");
-        lvm("lvcreate", &["-Zn", "-Wn", "-L", &size, "-n", name, &self.name])?;
-        Ok(self.volume(name))
-    }
-
-    /// A volume of `mib` MiB in a pool of its own.
-    pub(crate) fn thin(&self, name: &str, mib: u64) -> Result<PathBuf> {
-        let pool = format!("{name}pool");
-        let (size, pool_size) = (format!("{mib}M"), format!("{}M", mib * 2));
-        let thin = [
-            "--type",
-            "thin-pool",
-            "-Zn",
-            "-L",
-            &pool_size,
-            "--poolmetadatasize",
-            "4M",
-        ];
-        lvm("lvcreate", &[&thin[..], &["-n", &pool, &self.name]].concat())?;
-        let pool = format!("{}/{pool}", self.name);
-        lvm("lvcreate", &["-V", &size, "-T", &pool, "-n", name])?;
-        Ok(self.volume(name))
-    }
-
-    fn volume(&self, name: &str) -> PathBuf {
-        Path::new("/dev/mapper").join(format!("{}-{name}", self.name))
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        if let Err(error) = lvm("vgremove", &["--force", &self.name]) {
-            complain(format_args!("volume group {} stays: {error:#}", self.name));
-        }
-    }
-}
 
 /// Mounted somewhere, until it is dropped.
 pub(crate) struct Mounted {
@@ -234,24 +166,6 @@ fn real(origin: &BlockDevice) -> Result<PathBuf> {
     Ok(PathBuf::from(format!("/dev/dm-{}", number.minor)))
 }
 
-/// The table of a device as `dmsetup` shows it, with its keys.
-pub(crate) fn table(node: &Path) -> Result<String> {
-    run(
-        "dmsetup",
-        ["table".as_ref(), "--showkeys".as_ref(), node.as_os_str()],
-    )
-}
-
-/// Names of our devices that there are.
-pub(crate) fn ours() -> Result<Vec<String>> {
-    let listed = run("dmsetup", ["info", "--columns", "--noheadings", "-o", "name"])?;
-    let names = listed.lines().map(str::trim);
-    Ok(names
-        .filter(|name| name.starts_with("blksnap-"))
-        .map(str::to_owned)
-        .collect())
-}
-
 /// Whether an image is what its origin was.
 pub(crate) fn same(image: &DmImage, bytes: &[u8]) -> Result<()> {
     let now = read_device(&image.node())?;
@@ -288,16 +202,4 @@ pub(crate) fn assert_restored(scene: &Scene, nodes: &[&Path], tables: &[String])
         "the journal is not empty"
     );
     Ok(())
-}
-
-/// Writes `value` to all of `length` bytes at `offset`, past the page cache.
-pub(crate) fn fill(node: &Path, offset: u64, length: u64, value: u8) -> Result<()> {
-    use std::os::unix::fs::OpenOptionsExt as _;
-    let file: File = File::options()
-        .write(true)
-        .custom_flags(libc::O_DIRECT)
-        .open(node)?;
-    let mut buffer = blksnap_agent::sys::AlignedBuffer::zeroed(usize::try_from(length)?);
-    buffer.as_mut_slice().fill(value);
-    Ok(file.write_all_at(buffer.as_slice(), offset)?)
 }

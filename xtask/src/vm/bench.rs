@@ -1,4 +1,4 @@
-//! Bench: the benchmark of writes that are held, in a guest: it needs preemption, device-mapper, and disks of its own.
+//! Bench: benchmarks of filters in the kernel, in a guest: they need preemption or device-mapper, and disks of their own.
 
 use std::ffi::OsString;
 use std::io;
@@ -11,11 +11,28 @@ use super::kernels;
 use super::machine::{Bus, Content, Disk, End, Machine, quote};
 use crate::workspace::{self, Profile};
 
-/// The group of the benchmark that runs in a guest.
-const GROUP: &str = "gate";
+/// A group of the benchmark that runs in a guest.
+#[derive(Debug)]
+struct Group {
+    name: &'static str,
+    /// The kernel, if none is named.
+    kernel: &'static str,
+    profile: Profile,
+}
 
-/// The kernel, if none is named.
-const KERNEL: &str = "fei+full";
+const GROUPS: [Group; 2] = [
+    Group {
+        name: "gate",
+        kernel: "fei+full",
+        profile: Profile::Release,
+    },
+    // What is measured the kernel does; the agent's part is no faster than in use.
+    Group {
+        name: "dm",
+        kernel: "6.12",
+        profile: Profile::Development,
+    },
+];
 
 /// Bytes of each of the two disks.
 const DISK_BYTES: u64 = 1 << 30;
@@ -25,16 +42,23 @@ const LONGEST: Duration = Duration::from_secs(1500);
 
 /// Whether the arguments of the benchmark ask for it.
 pub(crate) fn is_asked(arguments: &[OsString]) -> bool {
-    arguments.iter().any(|argument| argument == GROUP)
+    group(arguments).is_some()
+}
+
+fn group(arguments: &[OsString]) -> Option<&'static Group> {
+    GROUPS
+        .iter()
+        .find(|group| arguments.iter().any(|argument| argument == group.name))
 }
 
 /// Runs it; `--kernel NAME` among the arguments chooses the guest's kernel, the rest is the benchmark's.
 pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     super::check()?;
-    let (kernel, rest) = split(arguments)?;
+    let group = group(arguments).context("no group that runs in a guest is named")?;
+    let (kernel, rest) = split(arguments, group.kernel)?;
     let kernel = kernels::find(&kernel, false)?;
     crate::toolchain::set_up(None)?;
-    let (agent, tool) = workspace::build_with_tool(Profile::Release, "blksnap-bench")?;
+    let (agent, tool) = workspace::build_with_tool(group.profile, "blksnap-bench")?;
     let disk = || Disk {
         bus: Bus::Virtio,
         content: Content::Scratch(DISK_BYTES),
@@ -46,7 +70,7 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
         disks: vec![disk(), disk()],
         shares: Vec::new(),
         append: Vec::new(),
-        modules: Vec::new(),
+        modules: vec!["loop".to_owned()],
         environment: vec![("BLKSNAP_AGENT".to_owned(), agent.display().to_string())],
         timeout: LONGEST,
         console: false,
@@ -72,8 +96,8 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
 }
 
 /// The kernel, and the arguments without it.
-fn split(arguments: &[OsString]) -> Result<(String, Vec<String>)> {
-    let mut kernel = KERNEL.to_owned();
+fn split(arguments: &[OsString], kernel: &str) -> Result<(String, Vec<String>)> {
+    let mut kernel = kernel.to_owned();
     let mut rest = Vec::new();
     let mut words = arguments.iter().map(|word| word.to_string_lossy().into_owned());
     while let Some(word) = words.next() {
@@ -97,14 +121,17 @@ mod tests {
     #[test]
     fn the_kernel_is_taken_out_of_the_arguments() {
         let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
-        let (kernel, rest) = split(&words("gate --kernel 7.2 --output json")).unwrap();
+        let (kernel, rest) = split(&words("gate --kernel 7.2 --output json"), "6.1").unwrap();
         assert_eq!(
             (kernel.as_str(), rest.join(" ").as_str()),
             ("7.2", "gate --output json")
         );
-        assert_eq!(split(&words("gate --kernel=6.1+full")).unwrap().0, "6.1+full");
-        assert_eq!(split(&words("gate")).unwrap().0, KERNEL);
-        assert!(split(&words("gate --kernel")).is_err());
+        assert_eq!(
+            split(&words("gate --kernel=6.1+full"), "7.2").unwrap().0,
+            "6.1+full"
+        );
+        assert_eq!(split(&words("gate"), "7.2").unwrap().0, "7.2");
+        assert!(split(&words("gate --kernel"), "7.2").is_err());
         assert!(is_asked(&words("gate --short")) && !is_asked(&words("nbd")));
     }
 }

@@ -52,6 +52,7 @@ const PASSED_ON: [&str; 6] = [
     "BLKSNAP_GATE_KILLS",
     "BLKSNAP_GATE_SECONDS",
     "BLKSNAP_GATE_TAKES",
+    "BLKSNAP_DM_KILLS",
 ];
 
 /// Where the results are kept beside the code, relative to the workspace.

@@ -178,6 +178,10 @@ pub struct Image {
     pub consistency: Consistency,
     /// How long the file systems were frozen, in seconds; none where nothing was.
     pub frozen_seconds: f64,
+    /// How long devices of device-mapper were suspended for the take, in seconds; none of another filter, or if an agent
+    /// before this one took it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspended_seconds: Option<f64>,
     /// 0, or the errno that corrupted it.
     pub error_code: i32,
 }

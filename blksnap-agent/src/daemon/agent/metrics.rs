@@ -31,6 +31,12 @@ impl Takes {
         takes.copied_bytes += copied_bytes;
     }
 
+    /// How long a take suspended devices of device-mapper.
+    pub(super) fn suspended(&self, suspended: Duration) {
+        let mut takes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        takes.suspended_seconds += suspended.as_secs_f64();
+    }
+
     /// One that did not.
     pub(super) fn failed(&self) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).failed += 1;

@@ -321,8 +321,10 @@ impl Agent {
             .map(|image| image.frozen)
             .max()
             .unwrap_or_default();
+        let suspended = info.images.iter().find_map(|image| suspended(image));
         self.takes.succeeded(frozen.as_secs_f64(), copied);
-        tracing::info!(snapshot = %id, copied, ?frozen, "snapshot taken");
+        self.takes.suspended(suspended.unwrap_or_default());
+        tracing::info!(snapshot = %id, copied, ?frozen, ?suspended, "snapshot taken");
         self.offer(&info)
             .map_err(|error| ApiError::of(Code::Io, action, &error))?;
         // One that was destroyed meanwhile must not be offered.
@@ -459,12 +461,21 @@ impl Agent {
             },
             consistency: consistency(image.consistency),
             frozen_seconds: image.frozen.as_secs_f64(),
+            suspended_seconds: suspended(image).map(|suspended| suspended.as_secs_f64()),
             error_code: match &image.content {
                 Content::Copy(_) => 0,
                 Content::Held(held) => held.image().state().ok().flatten().unwrap_or(0),
                 Content::Mapped(mapped) => mapped.condition().errno().map_or(0, |errno| errno as i32),
             },
         }
+    }
+}
+
+/// How long devices were suspended, where a take does that.
+fn suspended(image: &Image) -> Option<Duration> {
+    match &image.content {
+        Content::Mapped(mapped) => mapped.suspended(),
+        Content::Copy(_) | Content::Held(_) => None,
     }
 }
 

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -53,6 +54,7 @@ pub struct MappedImage {
     image: DmImage,
     file: Arc<File>,
     tracker: Arc<Tracker>,
+    suspended: Option<Duration>,
 }
 
 impl MappedImage {
@@ -79,7 +81,21 @@ impl MappedImage {
             image,
             file: Arc::new(file),
             tracker,
+            suspended: None,
         })
+    }
+
+    /// With what the take cost its origins: how long the first one that was suspended was.
+    #[must_use]
+    pub const fn with_suspended(mut self, suspended: Duration) -> Self {
+        self.suspended = Some(suspended);
+        self
+    }
+
+    /// How long origins were suspended for the take; `None` if that was an agent before this one.
+    #[must_use]
+    pub const fn suspended(&self) -> Option<Duration> {
+        self.suspended
     }
 
     /// Length in bytes.

@@ -33,8 +33,9 @@
 //! 2. For each origin: real with T, resumed; storage, resumed; image with its table loaded and not active; `snapshot-origin`
 //!    loaded into the origin and not active. Nobody notices: the two devices with T have the same bytes, and nothing is
 //!    written through the real one.
-//! 3. A watchdog process gets ready ([`crate::disk::watchdog`]). From here on nothing is written.
-//! 4. The caller freezes file systems. The memory of the agent is locked.
+//! 3. A watchdog process gets ready ([`crate::disk::watchdog`]). The memory of the agent is locked. From here on nothing
+//!    is written, nor logged.
+//! 4. The caller freezes file systems.
 //! 5. All origins are suspended: what was under way is done, what comes waits. **This is the instant.** The caller closes
 //!    the periods of the change maps.
 //! 6. The images are resumed, then the origins: these have the new table now. An image is active before its origin goes on.
@@ -70,6 +71,7 @@ mod recover;
 mod storage;
 pub mod table;
 mod take;
+mod verdict;
 mod watch;
 
 pub use error::DmError;

@@ -89,7 +89,6 @@ fn go_on(view: &View, entry: &Entry, boot: &str, keep: bool) -> Result<(Held, Ve
     let mut held = Held {
         storage: BTreeMap::new(),
         beneath: std::collections::BTreeSet::new(),
-        left: BTreeMap::new(),
     };
     let mut images = Vec::new();
     for origin in &entry.origins {
@@ -99,7 +98,9 @@ fn go_on(view: &View, entry: &Entry, boot: &str, keep: bool) -> Result<(Held, Ve
             return Err(format!("the table of {name} was changed by somebody else"));
         }
         if !plan::is_whole(view, entry.snapshot, number) {
-            return Err(format!("the kernel gave up the image of {name}"));
+            return Err(format!(
+                "the kernel gave up the image of {name}: its difference storage was full, or it or the device failed"
+            ));
         }
         let image = view.get(&Node::Image(entry.snapshot, number));
         let storage = view.get(&Node::Storage(entry.snapshot, number));

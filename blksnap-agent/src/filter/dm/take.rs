@@ -12,6 +12,7 @@ use super::mapper::Mapper;
 use super::plan::{self, Step, View, Wanted};
 use super::storage::{Place, Storage, beneath_device};
 use super::table::{Node, Table};
+use super::verdict::Verdicts;
 use crate::disk::watchdog::Watchdog;
 use crate::disk::{BlockDevice, WatchdogCommand};
 use crate::sys::dm::Which;
@@ -124,8 +125,6 @@ pub struct Taken {
 pub(super) struct Held {
     pub(super) storage: BTreeMap<DeviceId, Storage>,
     pub(super) beneath: BTreeSet<DeviceId>,
-    /// Fewest sectors left that were seen.
-    pub(super) left: BTreeMap<DeviceId, u64>,
 }
 
 /// What takes and releases share.
@@ -143,6 +142,7 @@ pub struct Dm {
     pub(super) inner: Mutex<Inner>,
     /// For questions that must not wait for a take.
     pub(super) asker: Mapper,
+    verdicts: Mutex<Verdicts>,
 }
 
 /// Whether the filter can hold `device`, and if not why.
@@ -183,6 +183,20 @@ pub fn mapped_devices() -> Result<Vec<(String, Option<String>)>, DmError> {
         found.push((name, why));
     }
     Ok(found)
+}
+
+/// The snapshots that have an image of `origin`, for messages.
+fn named(view: &View, origin: DeviceId) -> String {
+    let of_origin = view.keys().filter(|node| node.origin() == origin);
+    let snapshots: BTreeSet<SnapshotId> = of_origin.filter_map(|node| node.snapshot()).collect();
+    let names: Vec<String> = snapshots
+        .iter()
+        .map(|snapshot| format!("snapshot {snapshot}"))
+        .collect();
+    match names.as_slice() {
+        [] => "the snapshot that it belongs to".to_owned(),
+        names => names.join(" and "),
+    }
 }
 
 fn is_mapped(device: &BlockDevice) -> bool {
@@ -230,9 +244,10 @@ fn check(mapper: &mut Mapper, device: &BlockDevice) -> Result<(Table, View), DmE
         return Ok((real.active.clone(), view));
     }
     if real.is_some() {
-        return refused(
-            "its table was changed while a snapshot of it was held; destroy that snapshot".to_owned(),
-        );
+        return refused(format!(
+            "its table was changed, or it is another device with that number, while a snapshot was held; destroy {}",
+            named(&view, device.id)
+        ));
     }
     if let Some(kind) = origin.active.not_shareable() {
         return refused(format!(
@@ -277,6 +292,7 @@ impl Dm {
         Ok(Self {
             journal: Journal::open(&options.journal)?,
             asker: Mapper::open()?,
+            verdicts: Mutex::new(Verdicts::new()),
             inner: Mutex::new(inner),
             options,
         })
@@ -284,6 +300,10 @@ impl Dm {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn verdicts(&self) -> MutexGuard<'_, Verdicts> {
+        self.verdicts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn run(&self, mapper: &mut Mapper, steps: &[Step]) -> Result<(), DmError> {
@@ -382,9 +402,9 @@ impl Dm {
             held: Held {
                 storage: BTreeMap::new(),
                 beneath,
-                left: BTreeMap::new(),
             },
             watchdog: None,
+            locked: None,
             suspended: None,
             ended: false,
         };
@@ -439,18 +459,25 @@ impl Dm {
                 ),
             ));
         }
-        let of_others = inner
-            .held
-            .values()
-            .any(|held| held.beneath.contains(&origin.device.id));
+        let of_others = inner.held.iter();
+        let of_others = of_others
+            .filter(|(_, held)| held.beneath.contains(&origin.device.id))
+            .map(|(snapshot, _)| *snapshot)
+            .next();
         let stands = |node: &Node, number: Option<DeviceId>| {
             matches!(node, Node::Storage(..))
                 && number.is_some_and(|number| beneath_device(number).contains(&origin.device.id))
         };
-        if of_others || view.iter().any(|(node, seen)| stands(node, seen.number)) {
+        let of_others = of_others.or_else(|| {
+            let mut nodes = view.iter();
+            nodes
+                .find(|(node, seen)| stands(node, seen.number))
+                .and_then(|(node, _)| node.snapshot())
+        });
+        if let Some(snapshot) = of_others {
             return Err(DmError::refused(
                 origin.device.path.display(),
-                "it has the difference storage of a snapshot that is held; destroy that first",
+                format!("it has the difference storage of snapshot {snapshot}; destroy that first"),
             ));
         }
         Ok(beneath)
@@ -471,6 +498,7 @@ impl Dm {
             self.journal.write(entry)?;
         }
         let held = inner.held.remove(&snapshot);
+        self.verdicts().forget(snapshot);
         let settled = self.settle_guarded(&mut inner, entry.as_ref());
         let removed = held.map_or(Ok(()), |held| {
             held.storage.into_values().try_for_each(Storage::remove)
@@ -535,6 +563,8 @@ pub struct Prepared<'a> {
     wanted: Vec<Wanted>,
     held: Held,
     watchdog: Option<Watchdog>,
+    /// Had before file systems are frozen: what can't be locked is logged, which writes.
+    locked: Option<Locked>,
     suspended: Option<Duration>,
     ended: bool,
 }
@@ -564,6 +594,7 @@ impl Prepared<'_> {
             }
         }
         self.watchdog = Some(Watchdog::start_with(&self.dm.options.watchdog, &[], &order)?);
+        self.locked = Some(Locked::all());
         Ok(())
     }
 
@@ -586,7 +617,7 @@ impl Prepared<'_> {
         let Some(mut watchdog) = self.watchdog.take() else {
             return Err(DmError::Instant("it was taken already".to_owned()).into());
         };
-        let locked = Locked::all();
+        let locked = self.locked.take();
         let limit = self.dm.options.limit;
         watchdog.go(limit).map_err(DmError::from)?;
         let begun = Instant::now();
@@ -643,7 +674,6 @@ impl Prepared<'_> {
         let held = Held {
             storage: std::mem::take(&mut self.held.storage),
             beneath: std::mem::take(&mut self.held.beneath),
-            left: BTreeMap::new(),
         };
         self.inner.held.insert(snapshot, held);
         self.ended = true;

@@ -1,7 +1,5 @@
 //! Watch: whether images are still right, how full their storage is, and its growth.
 
-use std::sync::PoisonError;
-
 use nix::errno::Errno;
 
 use super::error::DmError;
@@ -19,7 +17,7 @@ pub enum Condition {
     Whole,
     /// The storage was full.
     Full,
-    /// The kernel gave it up, and did not say why: storage or origin failed, or the storage became full at once.
+    /// The kernel gave it up: storage or origin failed, or nobody knows whether the storage was full.
     Failed,
     /// The table of the origin is not ours: what was written since may have passed the image by.
     Swapped,
@@ -88,7 +86,7 @@ impl Dm {
         });
         match status {
             ImageStatus::Unknown => return Condition::Gone,
-            ImageStatus::Invalid => return self.given_up(snapshot, image.origin),
+            ImageStatus::Invalid => return self.verdicts().given_up(snapshot, image.origin),
             ImageStatus::Valid { .. } => {}
         }
         let real = control.info(Which::Uuid(&Node::Real(image.origin).uuid()));
@@ -99,39 +97,16 @@ impl Dm {
         }
     }
 
-    /// The kernel does not say whether the storage was full or failed: it was full if little was left when it was asked
-    /// last.
-    fn given_up(&self, snapshot: SnapshotId, origin: DeviceId) -> Condition {
-        let inner = self.inner.try_lock();
-        let inner = match inner {
-            Ok(inner) => inner,
-            Err(std::sync::TryLockError::Poisoned(poisoned)) => PoisonError::into_inner(poisoned),
-            Err(std::sync::TryLockError::WouldBlock) => return Condition::Full,
-        };
-        let Some(held) = inner.held.get(&snapshot) else {
-            return Condition::Failed;
-        };
-        let storage = held.storage.get(&origin);
-        let total: u64 = storage.map_or(0, |storage| {
-            storage.extents().iter().map(|range| range.count).sum()
-        });
-        match held.left.get(&origin) {
-            Some(left) if *left > total / 2 => Condition::Failed,
-            _ => Condition::Full,
-        }
-    }
-
-    /// How full the storage of an image is; `None` if the image is not whole.
+    /// How full the storage of an image is; `None` if the image is not whole. Waits for no take.
     pub fn usage(&self, snapshot: SnapshotId, image: &DmImage) -> Option<Usage> {
         let control = self.asker.control();
+        let begun = self.verdicts().begin_look();
         let lines = control.status(Which::Device(image.device)).ok()?;
         let line = lines.first()?;
         let ImageStatus::Valid { used, total } = ImageStatus::of(&line.kind, &line.parameters) else {
             return None;
         };
-        if let Some(held) = self.lock().held.get_mut(&snapshot) {
-            held.left.insert(image.origin, total.saturating_sub(used));
-        }
+        self.verdicts().seen_whole(snapshot, image.origin, begun);
         Some(Usage {
             used: used * SECTOR_BYTES,
             bytes: total * SECTOR_BYTES,

@@ -153,6 +153,7 @@ fn sample() -> Sample {
         storage_bytes: 4096,
         takes: TakeSample {
             frozen_seconds: 0.25,
+            suspended_seconds: 0.5,
             ..TakeSample::default()
         },
         nbd: NbdSample {
@@ -196,6 +197,7 @@ fn the_text_is_strict_openmetrics() {
     assert_eq!(get("blksnap_snapshots", &[("state", "taken")]), Some(2.0));
     assert_eq!(get("blksnap_difference_storage_bytes", &[]), Some(4096.0));
     assert_eq!(get("blksnap_frozen_seconds_total", &[]), Some(0.25));
+    assert_eq!(get("blksnap_suspended_seconds_total", &[]), Some(0.5));
     assert_eq!(
         get("blksnap_nbd_requests_total", &[("command", "read")]),
         Some(10.0)

@@ -7,6 +7,7 @@
 mod converge;
 mod cow;
 mod cow_space;
+mod dm;
 mod gate;
 mod idle;
 mod issue;
@@ -63,6 +64,8 @@ enum Group {
     Nbd,
     /// Writes that the gate holds, beside dm-snapshot; in a guest, and only if it is named
     Gate,
+    /// A volume with a snapshot by the dm filter, beside LVM's own; in a guest, and never without its name
+    Dm,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -158,6 +161,9 @@ fn measure(arguments: &Arguments) -> Result<Report> {
     }
     if groups.contains(&Group::Gate) {
         gate::measure(&mut bench)?;
+    }
+    if groups.contains(&Group::Dm) {
+        dm::measure(&mut bench)?;
     }
     Ok(bench.report)
 }

@@ -58,14 +58,14 @@ impl Report {
     /// A line a figure.
     pub(crate) fn table(&self) -> String {
         let mut text = format!(
-            "{:<24} {:>9} {:>9} {:>9}  {:<9} {}\n",
+            "{:<28} {:>9} {:>9} {:>9}  {:<9} {}\n",
             "FIGURE", "MEDIAN", "MIN", "MAX", "AIM", "COMMAND"
         );
         for figure in &self.figures {
             // Writing to a string can't fail.
             let _ = writeln!(
                 text,
-                "{:<24} {:>9} {:>9} {:>9}  {:<9} {}",
+                "{:<28} {:>9} {:>9} {:>9}  {:<9} {}",
                 figure.name,
                 short(figure.median()),
                 short(figure.min()),

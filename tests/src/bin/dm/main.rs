@@ -1,17 +1,22 @@
-//! Dm: takes or releases a snapshot by the dm filter, and ends itself, as a crash would, before a step.
+//! Dm: takes or releases a snapshot by the dm filter, and ends itself, as a crash would, before a step; or works until it is
+//! killed.
 
-use std::path::{Path, PathBuf};
+mod work;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use blksnap_agent::disk::WatchdogCommand;
 use blksnap_agent::disk::watchdog::SUBCOMMAND;
-use blksnap_agent::disk::{BlockDevice, WatchdogCommand};
-use blksnap_agent::filter::dm::{Dm, DmError, DmOptions, Instants, Origin, Place};
+use blksnap_agent::filter::dm::{Dm, DmError, DmOptions, Instants};
 use blksnap_agent::units::SnapshotId;
 use blksnap_tests::agent_binary;
 use clap::Parser;
 use nix::sys::signal::{Signal, raise};
+use work::Work;
 
 /// Take or release a snapshot by the dm filter, and maybe end before it is done. Run by the tests, in a guest.
 #[derive(Debug, Parser)]
@@ -24,8 +29,14 @@ struct Arguments {
     #[arg(long)]
     storage: PathBuf,
     /// The snapshot
+    #[arg(long, required_unless_present = "sums")]
+    snapshot: Option<SnapshotId>,
+    /// Takes, reads and releases until it is killed, with files of sums in this directory
+    #[arg(long, value_name = "DIR")]
+    sums: Option<PathBuf>,
+    /// With --sums: looks at what was left, releases it, and ends
     #[arg(long)]
-    snapshot: SnapshotId,
+    once: bool,
     /// Ends itself before this step, counted from 0
     #[arg(long)]
     end_before: Option<u32>,
@@ -60,6 +71,17 @@ fn main() -> Result<()> {
         program: agent_binary()?,
         arguments: vec![SUBCOMMAND.into()],
     };
+    if let Some(sums) = arguments.sums {
+        // The sums are read while the origins are suspended, and guests are slow.
+        options.limit = Duration::from_secs(120);
+        let work = Work {
+            dm: Dm::open(options)?,
+            origins: work::origins(&arguments.devices, &arguments.storage)?,
+            sums,
+        };
+        return work.run(arguments.once);
+    }
+    let snapshot = arguments.snapshot.context("a snapshot")?;
     let done = AtomicU32::new(0);
     let end_before = arguments.end_before;
     let dm = Dm::open(options.clone())?;
@@ -76,22 +98,11 @@ fn main() -> Result<()> {
     }));
     let dm = Dm::open(options)?;
     if arguments.release {
-        dm.release(arguments.snapshot)?;
+        dm.release(snapshot)?;
     } else {
-        let origins = origins(&arguments.devices, &arguments.storage)?;
-        dm.take(arguments.snapshot, &origins, &mut Nothing)?;
+        let origins = work::origins(&arguments.devices, &arguments.storage)?;
+        dm.take(snapshot, &origins, &mut Nothing)?;
     }
     println!("done");
     Ok(())
-}
-
-fn origins(devices: &[PathBuf], storage: &Path) -> Result<Vec<Origin>> {
-    let origin = |device: &PathBuf| {
-        Ok(Origin {
-            device: BlockDevice::open(device)?,
-            place: Place::Directory(storage.to_owned()),
-            bytes: 16 << 20,
-        })
-    };
-    devices.iter().map(origin).collect()
 }

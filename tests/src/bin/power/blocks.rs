@@ -48,11 +48,13 @@ impl Numbers {
         hasher.finish()
     }
 
-    fn block(self, number: u64) -> u64 {
+    /// The block that a write goes to.
+    pub(crate) fn block(self, number: u64) -> u64 {
         self.mix(number) % self.blocks
     }
 
-    fn data(self, number: u64) -> Vec<u8> {
+    /// Its bytes.
+    pub(crate) fn data(self, number: u64) -> Vec<u8> {
         let salt = self.mix(!number);
         let words = (0..BLOCK / 8).map(|at| {
             if at == 0 {

@@ -10,6 +10,7 @@
 
 mod agent;
 mod blocks;
+mod mapped;
 
 use std::fs;
 use std::io::Write as _;
@@ -43,6 +44,9 @@ struct Arguments {
     /// Only looks at what the last cut left
     #[arg(long)]
     last: bool,
+    /// With snapshots by the dm filter, of a volume of LVM on /dev/vdb
+    #[arg(long)]
+    dm: bool,
     /// Seed of the writes
     #[arg(long)]
     seed: u64,
@@ -297,5 +301,9 @@ fn work(arguments: &Arguments) -> Result<()> {
 }
 
 fn main() -> Result<()> {
-    work(&Arguments::parse())
+    let arguments = Arguments::parse();
+    if arguments.dm {
+        return mapped::work(&arguments);
+    }
+    work(&arguments)
 }
