@@ -204,23 +204,16 @@ fn a_number_that_another_device_has_is_told_of() -> Result<()> {
     let table_of = |sector: u64| format!("0 16384 linear {} {sector}", disk.path().display());
     run("dmsetup", ["create", "dmreused", "--table", &table_of(0)])?;
     let node = Path::new("/dev/mapper/dmreused");
-    let number = run(
-        "dmsetup",
-        ["info", "-c", "--noheadings", "-o", "minor", "dmreused"],
-    )?;
-    let number = number.trim().to_owned();
+    let shown = ["info", "-c", "--noheadings", "-o", "major,minor", "dmreused"];
+    let number = run("dmsetup", shown)?;
+    let (major, minor) = number.trim().split_once(':').context("a number")?;
     let (id, _, _) = scene.take(&[node], 8 * MIB)?;
     // Somebody removes the device, and another one gets its number.
     run("dmsetup", ["remove", "--retry", "dmreused"])?;
     let again = [
-        "create",
-        "dmreused",
-        "--minor",
-        &number,
-        "--table",
-        &table_of(32768),
+        "create", "dmreused", "--major", major, "--minor", minor, "--table",
     ];
-    run("dmsetup", again)?;
+    run("dmsetup", again.into_iter().chain([table_of(32768).as_str()]))?;
     let tried = scene.take(&[node], 8 * MIB);
     let error = tried.map(drop).expect_err("it is refused").to_string();
     ensure!(error.contains(&id.to_string()), "{error}");

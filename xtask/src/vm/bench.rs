@@ -12,7 +12,6 @@ use super::machine::{Bus, Content, Disk, End, Machine, quote};
 use crate::workspace::{self, Profile};
 
 /// A group of the benchmark that runs in a guest.
-#[derive(Debug)]
 struct Group {
     name: &'static str,
     /// The kernel, if none is named.
@@ -20,7 +19,7 @@ struct Group {
     profile: Profile,
 }
 
-const GROUPS: [Group; 2] = [
+static GROUPS: [Group; 2] = [
     Group {
         name: "gate",
         kernel: "fei+full",

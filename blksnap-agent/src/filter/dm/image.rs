@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -11,8 +11,8 @@ use nix::errno::Errno;
 use super::error::DmError;
 use super::take::{Dm, DmImage};
 use super::watch::{Condition, Usage};
-use crate::tracker::{MarkError, Tracker};
-use crate::units::{SECTOR_BYTES, Sectors, SnapshotId};
+use crate::tracker::{DirtyBlocks, MarkError, Tracker};
+use crate::units::{Generation, SECTOR_BYTES, Sectors, SnapshotId};
 
 /// An image can't be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +55,15 @@ pub struct MappedImage {
     file: Arc<File>,
     tracker: Arc<Tracker>,
     suspended: Option<Duration>,
+    marked: Arc<Mutex<Marked>>,
+}
+
+/// Blocks that are marked in the read map and in the open period.
+#[derive(Debug, Default)]
+struct Marked {
+    /// Of this generation and this period.
+    of: Option<(Generation, u8)>,
+    blocks: DirtyBlocks,
 }
 
 impl MappedImage {
@@ -82,6 +91,7 @@ impl MappedImage {
             file: Arc::new(file),
             tracker,
             suspended: None,
+            marked: Arc::default(),
         })
     }
 
@@ -159,15 +169,44 @@ impl MappedImage {
         }
     }
 
+    /// Marks blocks that are not marked yet: each mark is written to a file.
     fn mark(&self, offset: u64, length: u64) -> Result<(), MappedError> {
-        let Some(last) = length.checked_sub(1).and_then(|rest| offset.checked_add(rest)) else {
+        let size = self.size();
+        let Some(last) = length
+            .checked_sub(1)
+            .and_then(|rest| offset.checked_add(rest))
+            .filter(|last| *last < size)
+        else {
+            // Nothing is changed, or the write fails.
             return Ok(());
         };
-        let (first, last) = (offset / SECTOR_BYTES, last / SECTOR_BYTES);
         let Some(tracked) = self.tracker.device(self.image.origin) else {
             return Err(MappedError::Mark("its device is not tracked any more".to_owned()));
         };
-        let range = (Sectors::new(first), Sectors::new(last - first + 1));
-        Ok(tracked.mark_both(&[range])?)
+        let shift = tracked.block_size().shift();
+        let (first, last) = (offset >> shift, last >> shift);
+        let mut marked = self.marked.lock().unwrap_or_else(PoisonError::into_inner);
+        let (generation, active) = tracked.with_map(|map| (map.generation(), map.active()));
+        if marked.of != Some((generation, active)) {
+            // Taken again since: the next backup reads another map.
+            *marked = Marked {
+                of: Some((generation, active)),
+                blocks: DirtyBlocks::default(),
+            };
+        }
+        let is_marked = |block: u64| {
+            let word = usize::try_from(block / 64).ok();
+            word.and_then(|word| marked.blocks.words().get(word))
+                .is_some_and(|word| word >> (block % 64) & 1 == 1)
+        };
+        if (first..=last).all(is_marked) {
+            return Ok(());
+        }
+        let sectors = tracked.block_size().bytes() / SECTOR_BYTES;
+        let start = first * sectors;
+        let end = ((last + 1) * sectors).min(size / SECTOR_BYTES);
+        tracked.mark_both(&[(Sectors::new(start), Sectors::new(end - start))])?;
+        marked.blocks.insert(first, last);
+        Ok(())
     }
 }

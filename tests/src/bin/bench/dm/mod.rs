@@ -29,11 +29,11 @@ const SIZE: u64 = 256;
 /// MiB of each difference storage.
 const STORAGE: u64 = 128;
 /// Blocks that are written in a round.
-const WRITES: usize = 12288;
+const WRITES: usize = 8192;
 /// How often they are written again.
 const PASSES: usize = 2;
 /// Rounds.
-const ROUNDS: usize = 7;
+const ROUNDS: usize = 5;
 /// KiB that are kept at once, by both: what the dm filter chooses for a device of this size.
 const CHUNK: &str = "4k";
 
