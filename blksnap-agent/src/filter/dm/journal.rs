@@ -115,6 +115,26 @@ impl Journal {
         Ok(statefile::remove(&self.path(snapshot))?)
     }
 
+    /// Removes what an agent that was killed while it wrote an entry has left beside it. Nobody writes meanwhile.
+    ///
+    /// # Errors
+    /// Something stays.
+    pub fn tidy(&self) -> Result<(), JournalError> {
+        let failed = |action| {
+            let path = self.directory.clone();
+            move |source| JournalError::Directory { action, path, source }
+        };
+        for file in fs::read_dir(&self.directory).map_err(failed("read"))? {
+            let file = file.map_err(failed("read"))?;
+            let path = file.path();
+            let is_file = file.file_type().map_err(failed("read"))?.is_file();
+            if is_file && path.extension().is_none_or(|ending| ending != ENDING) {
+                fs::remove_file(&path).map_err(failed("remove what was left in"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// All entries; what can't be read is told as well, each with its error.
     ///
     /// # Errors
@@ -172,6 +192,11 @@ mod tests {
         };
         journal.write(&entry(2)).unwrap();
         journal.write(&entry(1)).unwrap();
+        // Of an agent that was killed in between.
+        let left = directory.path().join("dm/.3.json.new");
+        fs::write(&left, "{ half a docum").unwrap();
+        journal.tidy().unwrap();
+        assert!(!left.exists());
         assert_eq!(journal.read().unwrap().0, [entry(1), entry(2)]);
         fs::write(journal.path(entry(1).snapshot), "{").unwrap();
         let (entries, damaged) = journal.read().unwrap();

@@ -37,6 +37,7 @@ impl Dm {
     pub fn recover(&self, keep: bool) -> Result<Recovered, DmError> {
         let mut recovered = Recovered::default();
         let mut inner = self.lock();
+        self.journal.tidy()?;
         let (entries, damaged) = self.journal.read()?;
         for error in damaged {
             tracing::warn!(%error, "an entry of the journal of device-mapper snapshots is of no use");
