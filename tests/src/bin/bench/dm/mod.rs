@@ -118,6 +118,8 @@ impl Samples {
 
 /// A group on two disks, and the filter.
 pub(super) struct Scene {
+    /// Goes before the group.
+    _mounted: Mounted,
     dm: Dm,
     group: Group,
     volume: PathBuf,
@@ -127,7 +129,6 @@ pub(super) struct Scene {
     pub(super) directory: PathBuf,
     disk: PathBuf,
     blocks: Vec<u64>,
-    _mounted: Mounted,
     _journal: tempfile::TempDir,
 }
 
@@ -215,7 +216,7 @@ impl Scene {
                 let on = self.disk.display().to_string();
                 lvm(
                     "lvcreate",
-                    &["-s", "-c", CHUNK, "-L", &size, "-n", "snapshot", &origin, &on],
+                    &["-s", "-c", CHUNK, "-L", &size, "-n", "theirs", &origin, &on],
                 )?;
                 None
             }
@@ -239,8 +240,8 @@ impl Scene {
                 self.dm.release(id)?;
             }
             None => {
-                let snapshot = format!("{}/snapshot", self.group.name);
-                let status = run("dmsetup", ["status", "dmbench-snapshot"])?;
+                let snapshot = format!("{}/theirs", self.group.name);
+                let status = run("dmsetup", ["status", "dmbench-theirs"])?;
                 ensure!(!status.contains("Invalid"), "LVM's snapshot is lost: {status}");
                 lvm("lvremove", &["--force", &snapshot])?;
             }
