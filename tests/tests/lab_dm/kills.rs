@@ -108,7 +108,7 @@ impl Workers<'_> {
         let lock = || said.lock().unwrap_or_else(PoisonError::into_inner);
         let (killed, output) = std::thread::scope(|scope| -> Result<_> {
             scope.spawn(|| {
-                for line in lines.map_while(|line| line.ok()) {
+                for line in lines.map_while(Result::ok) {
                     let mut said = lock();
                     if let Some(count) = line.strip_prefix("found ") {
                         said.1 = count.parse().ok();
