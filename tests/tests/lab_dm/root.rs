@@ -21,10 +21,11 @@ const PATIENCE: Duration = Duration::from_secs(180);
 /// MiB of the volume.
 const SIZE: u64 = 256;
 
-/// Copies the device while it is frozen: what the image has to be. It is on the volume itself, and so is its shell.
+/// Copies the device while it is frozen, past its page cache: what the image has to be. It is on the volume itself, and
+/// so is its shell.
 const HOOK: &str = "#!/bin/busybox sh
 [ \"$1\" = frozen ] || exit 0
-/bin/busybox dd if=$BLKSNAP_DEVICES of=/oracle/copy bs=1M 2>/dev/null
+/bin/busybox dd if=$BLKSNAP_DEVICES of=/oracle/copy bs=1M iflag=direct 2>/dev/null
 ";
 
 /// A root on a volume, with what is mounted in it.
