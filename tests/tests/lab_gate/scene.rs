@@ -98,25 +98,33 @@ pub(crate) struct Scene {
     told: Arc<AtomicU64>,
 }
 
+/// With the agent as the parker: this program is none.
+fn with_parker(options: GateOptions) -> Result<GateOptions> {
+    Ok(GateOptions {
+        parker: ParkerCommand {
+            program: agent_binary()?,
+            arguments: vec![park::SUBCOMMAND.into()],
+        },
+        ..options
+    })
+}
+
 static KEYS: AtomicU64 = AtomicU64::new(1);
 
 impl Scene {
     pub(crate) fn new(node: &Path, options: GateOptions) -> Result<Self> {
         lab::inside()?;
+        let options = with_parker(options)?;
         need_gate(&options)?;
-        Self::without_preemption(node, options)
+        Self::made(node, options)
     }
 
     /// As [`Scene::new`], on a kernel on which writers may wait in vain.
     pub(crate) fn without_preemption(node: &Path, options: GateOptions) -> Result<Self> {
-        // This program is not the agent.
-        let options = GateOptions {
-            parker: ParkerCommand {
-                program: agent_binary()?,
-                arguments: vec![park::SUBCOMMAND.into()],
-            },
-            ..options
-        };
+        Self::made(node, with_parker(options)?)
+    }
+
+    fn made(node: &Path, options: GateOptions) -> Result<Self> {
         let seed = seed("gate");
         let device = BlockDevice::open(node)?;
         // Of a large disk the beginning is enough.
