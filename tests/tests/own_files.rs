@@ -190,7 +190,9 @@ fn a_new_file_is_allocated_and_reads_as_zeroes(kind: &str) {
         made.ranges.iter().map(|range| range.length).sum::<u64>(),
         40 * MIB
     );
-    assert_eq!(fs::metadata(&path).unwrap().blocks() * 512, 40 * MIB);
+    // Of a file in many pieces ext4 counts the blocks of its tree of extents, too.
+    let counted = fs::metadata(&path).unwrap().blocks() * 512;
+    assert!((40 * MIB..41 * MIB).contains(&counted), "{counted} bytes");
     // What was free is told, and the file has some of that.
     assert_eq!(made.free, before);
     for range in &made.ranges {
