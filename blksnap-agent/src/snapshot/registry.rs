@@ -18,6 +18,7 @@ use super::mapped::{DmKeeper, MappedHeld};
 use super::owner::{Command, Image, Info, Owner, Start, State, Take, TakeOptions};
 use super::{FilterKind, Member, MemberId, SnapshotError, places};
 use crate::engine::{CancelToken, Progress};
+use crate::filter::dm;
 use crate::filter::served::Served;
 use crate::own::Helper;
 use crate::storage::{DeviceExtent, Pool, StorageSpec};
@@ -321,6 +322,10 @@ impl Snapshots {
                 owner.mapped = Some(held);
                 self.start(owner, handle, commands)?;
                 self.info(document.id)
+            }
+            // An agent that was cut off meanwhile may have undone it already, and nothing else says what it was.
+            Err(_) if document.boot != self.place.boot => {
+                self.resume_none(owner, handle, commands, document, dm::ANOTHER_BOOT.to_owned())
             }
             Err(why) => self.resume_none(owner, handle, commands, document, why),
         }

@@ -77,7 +77,7 @@ mod watch;
 pub use error::DmError;
 pub use image::{MappedError, MappedImage};
 pub use mapper::Mapper;
-pub use recover::{Lost, Recovered};
+pub use recover::{ANOTHER_BOOT, Lost, Recovered};
 pub use storage::Place;
 pub use take::{
     Dm, DmImage, DmOptions, Instants, Observer, Origin, Prepared, Taken, availability, mapped_devices,

@@ -76,6 +76,9 @@ impl Dm {
     }
 }
 
+/// Why a snapshot of another boot is lost.
+pub const ANOTHER_BOOT: &str = "the machine was started again since; the kernel's copies end with a boot";
+
 /// The snapshot of an entry, if it is what it was, or why not.
 fn go_on(view: &View, entry: &Entry, boot: &str, keep: bool) -> Result<(Held, Vec<DmImage>), String> {
     if !keep {
@@ -85,7 +88,7 @@ fn go_on(view: &View, entry: &Entry, boot: &str, keep: bool) -> Result<(Held, Ve
         return Err("it was never taken".to_owned());
     }
     if entry.boot != boot {
-        return Err("the machine was started again since; the kernel's copies end with a boot".to_owned());
+        return Err(ANOTHER_BOOT.to_owned());
     }
     let mut held = Held {
         storage: BTreeMap::new(),
