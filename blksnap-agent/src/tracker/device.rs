@@ -429,11 +429,17 @@ impl TrackedDevice {
         })
     }
 
-    /// Writes that the ledger could not enter, and, unless the driver tells the sectors of what completes
-    /// (`requests`), completions that it knows nothing of. Counted since the tracker started.
-    pub(super) fn unfollowed(&self, requests: bool) -> u64 {
+    /// Writes that the ledger could not enter, completions that the kernel skipped the program for, and, unless the
+    /// driver tells the sectors of what completes (`requests`), completions that the ledger knows nothing of. Counted
+    /// since the tracker started; skipped beginnings of writes end the generation by themselves.
+    ///
+    /// # Errors
+    /// The kernel does not say what it skipped.
+    pub(super) fn unfollowed(&self, requests: bool) -> Result<u64, TrackerError> {
+        let skipped = self.shared.object().run_misses()?.complete;
         let seen = self.shared.slot_state(self.slot.id);
-        seen.ledger_lost + if requests { 0 } else { seen.unknown_completions }
+        let unknown = if requests { 0 } else { seen.unknown_completions };
+        Ok(seen.ledger_lost + skipped + unknown)
     }
 
     /// Capacity that the kernel reports now.

@@ -4,7 +4,7 @@
 //! instant is in no later difference by that mark. So the ledger is kept over the instant: what completes meanwhile is
 //! marked again in the period after it, and so is what is still under way when the ledger ends. A write from before
 //! the ledger is told of by its driver when it completes, with its sectors if the driver works on requests; without
-//! them nobody knows what it changed, and the map says so.
+//! them nobody knows what it changed, and the map says so; so it does if the kernel skipped the program for a completion.
 
 use std::sync::Arc;
 use std::thread;
@@ -45,11 +45,11 @@ impl Follow {
     /// Waits until writes from before [`Follow::start`] have had their time, and closes the period.
     ///
     /// # Errors
-    /// The device was detached, or the kernel has no memory for a new bitmap.
+    /// The device was detached, or the kernel has no memory for a new bitmap, or does not say what it skipped.
     pub fn close_period(&mut self) -> Result<(), TrackerError> {
         thread::sleep(LEAD.saturating_sub(self.began.elapsed()));
         // What comes up during the close counts as if it came after it.
-        self.unfollowed = self.count();
+        self.unfollowed = self.watch.device().unfollowed(self.requests)?;
         self.watch.close_period().map(drop)
     }
 
@@ -60,12 +60,9 @@ impl Follow {
         let (requests, before) = (self.requests, self.unfollowed);
         // What is under way now is marked with that.
         drop(self.watch);
-        if device.unfollowed(requests) != before {
+        // Not to know is no better than to have missed one.
+        if !matches!(device.unfollowed(requests), Ok(now) if now == before) {
             device.corrupt(ResetReason::NotFollowed);
         }
-    }
-
-    fn count(&self) -> u64 {
-        self.watch.device().unfollowed(self.requests)
     }
 }

@@ -29,7 +29,7 @@ type Task = aya_ebpf::bindings::task_struct;
 #[inline(always)]
 fn task_from_pid(pid: i32) -> *mut Task {
     // SAFETY: the agent puts the number of the kernel's function, which has this signature, in place of the constant
-    // (`filter::gate::park_calls`); a program in which that was not done is refused by the verifier.
+    // (`filter::gate::park`); a program in which that was not done is refused by the verifier.
     let call: extern "C" fn(i32) -> *mut Task = unsafe { core::mem::transmute(TASK_FROM_PID as usize) };
     call(pid)
 }
