@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use blksnap_agent::filter::dm::{DmError, Instants};
 use blksnap_agent::sys::AlignedBuffer;
 
 use crate::{complain, run};
@@ -151,4 +152,22 @@ pub fn fill(node: &Path, offset: u64, length: u64, value: u8) -> Result<()> {
     let mut buffer = AlignedBuffer::zeroed(usize::try_from(length)?);
     buffer.as_mut_slice().fill(value);
     Ok(file.write_all_at(buffer.as_slice(), offset)?)
+}
+
+/// An instant at which nothing is frozen, and nothing tracked.
+#[derive(Clone, Copy, Debug)]
+pub struct Nothing;
+
+impl Instants for Nothing {
+    fn before(&mut self) -> Result<(), DmError> {
+        Ok(())
+    }
+
+    fn at(&mut self) -> Result<(), DmError> {
+        Ok(())
+    }
+
+    fn after(&mut self) -> Result<(), DmError> {
+        Ok(())
+    }
 }

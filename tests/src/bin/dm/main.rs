@@ -11,9 +11,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use blksnap_agent::disk::WatchdogCommand;
 use blksnap_agent::disk::watchdog::SUBCOMMAND;
-use blksnap_agent::filter::dm::{Dm, DmError, DmOptions, Instants};
+use blksnap_agent::filter::dm::{Dm, DmOptions};
 use blksnap_agent::units::SnapshotId;
 use blksnap_tests::agent_binary;
+use blksnap_tests::volumes::Nothing;
 use clap::Parser;
 use nix::sys::signal::{Signal, raise};
 use work::Work;
@@ -45,23 +46,6 @@ struct Arguments {
     release: bool,
     /// The origins
     devices: Vec<PathBuf>,
-}
-
-/// Nothing is frozen, and nothing tracked.
-struct Nothing;
-
-impl Instants for Nothing {
-    fn before(&mut self) -> Result<(), DmError> {
-        Ok(())
-    }
-
-    fn at(&mut self) -> Result<(), DmError> {
-        Ok(())
-    }
-
-    fn after(&mut self) -> Result<(), DmError> {
-        Ok(())
-    }
 }
 
 fn main() -> Result<()> {

@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use blksnap_agent::disk::watchdog::SUBCOMMAND;
 use blksnap_agent::disk::{BlockDevice, WatchdogCommand};
-use blksnap_agent::filter::dm::{Condition, Dm, DmError, DmOptions, Instants, Origin, Place};
+use blksnap_agent::filter::dm::{Condition, Dm, DmOptions, Origin, Place};
 use blksnap_agent::units::SnapshotId;
-use blksnap_tests::volumes::{Group, fill, lvm};
+use blksnap_tests::volumes::{Group, Nothing, fill, lvm};
 use blksnap_tests::{agent_binary, lab, run, seed};
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
@@ -287,23 +287,6 @@ enum Kind {
     File,
     Lvm,
     Ranges,
-}
-
-/// Nothing is frozen, and nothing tracked.
-struct Nothing;
-
-impl Instants for Nothing {
-    fn before(&mut self) -> Result<(), DmError> {
-        Ok(())
-    }
-
-    fn at(&mut self) -> Result<(), DmError> {
-        Ok(())
-    }
-
-    fn after(&mut self) -> Result<(), DmError> {
-        Ok(())
-    }
 }
 
 /// Writes a second.

@@ -3,10 +3,9 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use blksnap_agent::sys::{AlignedBuffer, ioctl};
+use blksnap_agent::sys::AlignedBuffer;
 use blksnap_tests::{lab, run};
 use rand::rngs::StdRng;
 use rand::{RngCore as _, SeedableRng as _};
@@ -31,9 +30,9 @@ impl Disks {
     pub(crate) fn new() -> Result<Self> {
         let (first, second) = (lab::virtio(0)?, lab::virtio(1)?);
         let disks = Self {
-            origin: partition(&first, 1, MIB, SIZE)?,
-            dm: partition(&second, 1, MIB, STORAGE)?,
-            ours: partition(&second, 2, MIB + STORAGE, STORAGE)?,
+            origin: lab::partition(&first, 1, MIB, SIZE)?,
+            dm: lab::partition(&second, 1, MIB, STORAGE)?,
+            ours: lab::partition(&second, 2, MIB + STORAGE, STORAGE)?,
         };
         // A scratch disk is a sparse file: nobody is to have the first writes to it.
         for (node, size) in [
@@ -54,24 +53,6 @@ impl Disks {
     pub(crate) fn storage(&self) -> &Path {
         &self.ours
     }
-}
-
-fn partition(disk: &Path, number: i32, start: u64, length: u64) -> Result<PathBuf> {
-    let table = File::open(disk)?;
-    // One of a run before.
-    let _ = ioctl::blkpg_delete(&table, number);
-    ioctl::blkpg_add(&table, number, start, length)?;
-    let node = PathBuf::from(format!("{}{number}", disk.display()));
-    let started = Instant::now();
-    while !node.exists() {
-        ensure!(
-            started.elapsed() < Duration::from_secs(20),
-            "no {}",
-            node.display()
-        );
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(node)
 }
 
 fn fill(node: &Path, size: u64) -> Result<()> {
