@@ -16,20 +16,16 @@ struct Group {
     name: &'static str,
     /// The kernel, if none is named.
     kernel: &'static str,
-    profile: Profile,
 }
 
 static GROUPS: [Group; 2] = [
     Group {
         name: "gate",
         kernel: "fei+full",
-        profile: Profile::Release,
     },
-    // What is measured the kernel does; the agent's part is no faster than in use.
     Group {
         name: "dm",
         kernel: "6.12",
-        profile: Profile::Development,
     },
 ];
 
@@ -57,7 +53,7 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     let (kernel, rest) = split(arguments, group.kernel)?;
     let kernel = kernels::find(&kernel, false)?;
     crate::toolchain::set_up(None)?;
-    let (agent, tool) = workspace::build_with_tool(group.profile, "blksnap-bench")?;
+    let (agent, tool) = workspace::build_with_tool(Profile::Release, "blksnap-bench")?;
     let disk = || Disk {
         bus: Bus::Virtio,
         content: Content::Scratch(DISK_BYTES),

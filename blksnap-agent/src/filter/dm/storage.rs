@@ -8,12 +8,15 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statfs::{EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::sys::statvfs::fstatvfs;
 
 use super::error::DmError;
@@ -21,7 +24,7 @@ use crate::disk::device::device_number;
 use crate::disk::mounts::Table;
 use crate::disk::stack::Stack;
 use crate::storage::DeviceExtent;
-use crate::sys::loopdev;
+use crate::sys::{AlignedBuffer, loopdev};
 use crate::units::{DeviceId, SECTOR_BYTES};
 
 /// The part of a file system that stays free.
@@ -29,7 +32,11 @@ const RESERVE: u64 = 20;
 /// How often a loop device is asked for: another one may be given the same.
 const ATTEMPTS: u32 = 64;
 /// What lengths are rounded up to, in bytes.
-const UNIT: u64 = 1 << 20;
+const UNIT: u64 = PIECE as u64;
+/// Bytes that are written at once.
+const PIECE: usize = 1 << 20;
+/// How long a file is written ahead of its use.
+const AHEAD: Duration = Duration::from_secs(2);
 
 /// Where old data may be kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,6 +152,7 @@ impl Storage {
     fn over(path: &Path, file: File, bytes: u64) -> Result<Self, DmError> {
         let bytes = bytes.max(UNIT).next_multiple_of(UNIT);
         allocate(path, &file, bytes)?;
+        write_ahead(path, &file, 0..bytes)?;
         let (device, number) = attach(&file).map_err(failed("make a loop device of", path))?;
         Ok(Self {
             kind: Kind::File {
@@ -222,6 +230,7 @@ impl Storage {
             } => {
                 let length = bytes.saturating_add(by).next_multiple_of(UNIT);
                 allocate(path, file, length)?;
+                write_ahead(path, file, *bytes..length)?;
                 loopdev::set_capacity(device)
                     .map_err(|errno| failed("tell the new length of", path)(errno.into()))?;
                 *bytes = length;
@@ -277,6 +286,34 @@ fn allocate(path: &Path, file: &File, length: u64) -> Result<(), DmError> {
     }
 }
 
+/// Writes zeros to these bytes of the file, as far as that goes in [`AHEAD`].
+///
+/// ext4 and XFS note of space that was allocated and never written that it was written, with each piece of old data; whoever
+/// writes to an origin for the first time would wait for that. Other file systems put what is written again elsewhere,
+/// or have no direct I/O: nothing is gained there.
+fn write_ahead(path: &Path, file: &File, bytes: Range<u64>) -> Result<(), DmError> {
+    let kind = fstatfs(file).map_err(|errno| failed("look at the file system of", path)(errno.into()))?;
+    if ![EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC].contains(&kind.filesystem_type()) {
+        return Ok(());
+    }
+    let direct = OpenOptions::new()
+        .write(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_DIRECT)
+        .open(path)
+        .map_err(failed("open", path))?;
+    let zeros = AlignedBuffer::zeroed(PIECE);
+    let started = Instant::now();
+    for at in bytes.step_by(PIECE) {
+        if started.elapsed() > AHEAD {
+            break;
+        }
+        direct
+            .write_all_at(zeros.as_slice(), at)
+            .map_err(failed("write", path))?;
+    }
+    direct.sync_data().map_err(failed("flush", path))
+}
+
 fn open_node(node: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(node)
 }
@@ -297,4 +334,29 @@ fn attach(file: &File) -> io::Result<(File, DeviceId)> {
         }
     }
     Err(io::Error::from(Errno::EBUSY))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::fiemap::{ExtentFlags, fiemap};
+
+    #[test]
+    fn a_file_is_written_before_it_is_used() {
+        // Whatever file system this is on: a file of ours is as it should be there, or is left alone.
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("old");
+        let file = File::create_new(&path).unwrap();
+        allocate(&path, &file, 3 * UNIT).unwrap();
+        write_ahead(&path, &file, UNIT..3 * UNIT).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), vec![0; 3 * PIECE]);
+        let kind = fstatfs(&file).unwrap().filesystem_type();
+        if ![EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC].contains(&kind) {
+            return;
+        }
+        for extent in fiemap(&file).unwrap() {
+            let is_unwritten = extent.flags.contains(ExtentFlags::UNWRITTEN);
+            assert_eq!(is_unwritten, extent.logical < UNIT, "{extent:?}");
+        }
+    }
 }

@@ -31,7 +31,7 @@ const STORAGE: u64 = 128;
 /// Blocks that are written in a round.
 const WRITES: usize = 8192;
 /// How often they are written again.
-const PASSES: usize = 2;
+const PASSES: usize = 6;
 /// Rounds.
 const ROUNDS: usize = 5;
 /// KiB that are kept at once, by both: what the dm filter chooses for a device of this size.

@@ -1,6 +1,6 @@
 //! Disks: the guest's partitions of the benchmark, and a dm-snapshot over one of them.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
