@@ -10,13 +10,14 @@ use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use aya::maps::{MapData, RingBuf};
 use blksnap_common::blockrange::{BlockRange, word_mask};
 use blksnap_common::gate::{GateState, MAX_GATES, REQUEST_BYTES, Request, armed, broken};
 use blksnap_common::track::Slot;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 use super::batch::Batch;
 use super::object::{Loaded, Object, States, Word};
@@ -35,6 +36,9 @@ use crate::units::SECTOR_BYTES;
 
 /// Milliseconds between signs of life.
 const BEAT: u16 = 20;
+
+/// How long nobody looks for requests where the kernel can't tell of them.
+const PAUSE: Duration = Duration::from_micros(200);
 
 /// A gate, as the threads know it.
 #[derive(Debug)]
@@ -388,7 +392,7 @@ impl Server {
     ) -> Result<Arc<Gated>, GateError> {
         let states = &self.shared.states;
         states.clear(gate);
-        let nanoseconds = |time: std::time::Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let options = &self.shared.options;
         let set = |word, value| states.word(gate, word).store(value, Ordering::Release);
         set(Word::Deadline, nanoseconds(options.deadline));
@@ -540,7 +544,7 @@ impl Drop for Server {
 fn beat(shared: &Shared) {
     while !shared.stop.load(Ordering::Acquire) {
         shared.look();
-        std::thread::sleep(std::time::Duration::from_millis(BEAT.into()));
+        std::thread::sleep(Duration::from_millis(BEAT.into()));
     }
 }
 
@@ -554,6 +558,7 @@ fn watch(shared: &Shared, mut ring: RingBuf<MapData>) {
             None
         }
     };
+    let edges = Edges::of(&ring);
     while !shared.stop.load(Ordering::Acquire) {
         // Who takes requests lives, though the thread that says so may be kept from the processor.
         shared.look();
@@ -583,7 +588,7 @@ fn watch(shared: &Shared, mut ring: RingBuf<MapData>) {
                     batch.take().into_iter().for_each(Batch::preserve_rest);
                 }
             }
-            None if left == 0 => wait(&ring),
+            None if left == 0 => edges.wait(),
             None => {}
         }
     }
@@ -600,13 +605,38 @@ fn store_for_others(priority: Option<u8>) {
     }
 }
 
-/// Waits for the ring, at most as long as a sign of life may take.
-fn wait(ring: &RingBuf<MapData>) {
-    let mut polled = [PollFd::new(ring.as_fd(), PollFlags::POLLIN)];
-    if let Err(errno) = poll(&mut polled, PollTimeout::from(BEAT))
-        && errno != Errno::EINTR
-    {
-        tracing::warn!(%errno, "can't wait for requests");
+/// Tells of what comes into the ring, and of nothing twice.
+///
+/// A ring is readable as soon as a record is reserved in it, and who reserved it may have been preempted before the record
+/// was complete. Whoever polls then is told at once, again and again. With a priority above that writer's he keeps it from
+/// the processor, which a tracing program can't change (`migrate_disable` in `__bpf_prog_enter_recur`), until the kernel
+/// throttles him, 950 ms of a second later (`sched_rt_runtime_us`). An edge comes when the record is complete, since each
+/// is submitted with `BPF_RB_FORCE_WAKEUP`.
+struct Edges(Option<Epoll>);
+
+impl Edges {
+    fn of(ring: &RingBuf<MapData>) -> Self {
+        let made = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).and_then(|epoll| {
+            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+            epoll.add(ring.as_fd(), EpollEvent::new(flags, 0)).map(|()| epoll)
+        });
+        if let Err(errno) = made {
+            tracing::warn!(%errno, "can't wait for requests, they are looked for every {PAUSE:?}");
+        }
+        Self(made.ok())
+    }
+
+    /// Until something is complete, at most as long as a sign of life may take.
+    fn wait(&self) {
+        let Some(epoll) = &self.0 else {
+            return std::thread::sleep(PAUSE);
+        };
+        if let Err(errno) = epoll.wait(&mut [EpollEvent::empty()], BEAT)
+            && errno != Errno::EINTR
+        {
+            tracing::warn!(%errno, "can't wait for requests");
+            std::thread::sleep(PAUSE);
+        }
     }
 }
 
