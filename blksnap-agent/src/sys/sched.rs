@@ -29,6 +29,20 @@ pub fn real_time(priority: u8) -> Result<(), Errno> {
     Ok(())
 }
 
+/// The real-time priority of the calling thread; `None` if it has the policy of every other thread.
+///
+/// # Errors
+/// The kernel's own.
+pub fn real_time_of_this() -> Result<Option<u8>, Errno> {
+    let mut parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: 0 names the calling thread; the parameters are ours to write.
+    let policy = Errno::result(unsafe { libc::sched_getscheduler(0) })?;
+    // SAFETY: as above.
+    Errno::result(unsafe { libc::sched_getparam(0, &raw mut parameters) })?;
+    let number = u8::try_from(parameters.sched_priority).map_err(|_| Errno::ERANGE)?;
+    Ok((policy == libc::SCHED_FIFO).then_some(number))
+}
+
 /// Tells the kernel that others wait for what the calling thread, and those that it starts, write (`PR_SET_IO_FLUSHER`):
 /// it does not make it write back dirty memory when it asks for some, nor wait for others who do. Without
 /// `CAP_SYS_RESOURCE` it stays as it was.

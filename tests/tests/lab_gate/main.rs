@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use blksnap_agent::filter::gate::{GateOptions, Preemption, Reading, Wish};
+use blksnap_agent::filter::gate::{GateOptions, Preemption, Priority, Reading, Wish};
 use blksnap_common::gate::{COPIES, broken};
 use blksnap_tests::lab;
 
@@ -96,9 +96,10 @@ fn an_image_of_a_whole_disk_is_exact() -> Result<()> {
 
 #[test]
 #[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
-fn preserving_with_real_time_priority() -> Result<()> {
+fn preserving_without_priority_and_batches() -> Result<()> {
     let options = GateOptions {
-        priority: Some(50),
+        priority: Priority::Usual,
+        batches: false,
         ..options()
     };
     let scene = Scene::new(&partition(32 * MIB)?, options)?;
@@ -109,7 +110,7 @@ fn preserving_with_real_time_priority() -> Result<()> {
 #[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
 fn real_time_priority_and_many_writers() -> Result<()> {
     let options = GateOptions {
-        priority: Some(50),
+        priority: Priority::Fixed(50),
         ..options()
     };
     let scene = Scene::new(&partition(64 * MIB)?, options)?;

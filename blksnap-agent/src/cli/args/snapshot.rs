@@ -92,9 +92,10 @@ pub struct Holding {
     #[arg(long, value_name = "TECHNIQUE", value_enum, default_value = "auto")]
     pub gate_technique: crate::filter::gate::Wish,
 
-    /// Real-time priority (SCHED_FIFO) of the threads that such writes wait for, 1 to 99 [default: none]
-    #[arg(long, value_name = "PRIORITY", value_parser = clap::value_parser!(u8).range(1..=99))]
-    pub gate_priority: Option<u8>,
+    /// Real-time priority (SCHED_FIFO) of the threads that such writes wait for: 1 to 99, none, or auto, which is 50 where
+    /// writes wait in a loop and the kernel permits it
+    #[arg(long, value_name = "PRIORITY", default_value = "auto")]
+    pub gate_priority: crate::filter::gate::Priority,
 
     /// How much difference storage is asked for at a time
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]

@@ -33,6 +33,7 @@ mod image;
 mod object;
 pub mod park;
 mod preempt;
+mod priority;
 mod serve;
 mod source;
 mod technique;
@@ -54,6 +55,7 @@ use crate::units::DeviceId;
 pub use error::GateError;
 pub use image::GateImage;
 pub use preempt::Switch;
+pub use priority::Priority;
 pub use source::{Reading, Source, remove_left_aliases};
 pub use technique::{Availability, Preemption, Technique, Wish};
 
@@ -72,11 +74,12 @@ pub struct GateOptions {
     pub silence: Duration,
     /// Threads that preserve.
     pub threads: usize,
-    /// Their real-time priority (`SCHED_FIFO`, 1 to 99); none for that of every other thread.
-    pub priority: Option<u8>,
+    /// Their priority.
+    pub priority: Priority,
     /// Copies of the waiting program, 1 to [`COPIES`]: writers that can wait on one CPU.
     pub copies: usize,
-    /// Whether one thread reads for all short requests at once, with io_uring; else each is read for by a thread of its own.
+    /// Whether one thread reads for all short requests at once, with io_uring, where writers turn in a loop; else each is
+    /// read for by a thread of its own.
     pub batches: bool,
     /// Makes the kernel preempt as it must while there are gates; none: it is as it is.
     pub preempt: Option<Switch>,
@@ -94,9 +97,9 @@ impl Default for GateOptions {
             deadline: Duration::from_millis(500),
             silence: Duration::from_millis(400),
             threads: 4,
-            priority: None,
+            priority: Priority::Auto,
             copies: COPIES,
-            batches: false,
+            batches: true,
             preempt: None,
             technique: Wish::Auto,
             parker: ParkerCommand::default(),

@@ -281,7 +281,8 @@ impl Server {
         let beating = Arc::clone(&shared);
         server.spawn("blksnap-beat", move || beat(&beating))?;
         let watched = Arc::clone(&shared);
-        server.spawn("blksnap-gate", move || watch(&watched, requests))?;
+        let batches = options.batches && server.chosen.technique == Technique::Spin;
+        server.spawn("blksnap-gate", move || watch(&watched, requests, batches))?;
         for _ in 0..options.threads.max(1) {
             let shared = Arc::clone(&shared);
             server.spawn("blksnap-keep", move || shared.preserve())?;
@@ -332,14 +333,14 @@ impl Server {
     }
 
     fn spawn(&self, name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<(), GateError> {
-        let priority = self.shared.options.priority;
+        let (priority, technique) = (self.shared.options.priority, self.chosen.technique);
         let (tell, told) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
                 // What it has to wait for must not wait for it.
                 sched::flush_for_others();
-                let ready = priority.map_or(Ok(()), sched::real_time);
+                let ready = priority.preserve(technique);
                 let failed = ready.is_err();
                 let _ = tell.send(ready);
                 if !failed {
@@ -427,13 +428,17 @@ impl Server {
             flags: 0,
             reserved: 0,
         };
-        let priority = options.priority;
+        let (priority, technique) = (options.priority, self.chosen.technique);
         let gated = Arc::new(Gated {
             slot,
             disk,
             origin: Arc::new(
-                Origin::new(Arc::clone(&source) as Arc<dyn crate::disk::Disk>, layout)
-                    .with_workers_that(move || store_for_others(priority)),
+                Origin::new(Arc::clone(&source) as Arc<dyn crate::disk::Disk>, layout).with_workers_that(
+                    move || {
+                        sched::flush_for_others();
+                        priority.store(technique);
+                    },
+                ),
             ),
             source,
             layout,
@@ -549,9 +554,9 @@ fn beat(shared: &Shared) {
 }
 
 /// Takes requests out of the ring until the end, and preserves what can be read at once.
-fn watch(shared: &Shared, mut ring: RingBuf<MapData>) {
+fn watch(shared: &Shared, mut ring: RingBuf<MapData>, batches: bool) {
     let batch = || ring.as_fd().try_clone_to_owned().and_then(Batch::new);
-    let mut batch = match shared.options.batches.then(batch).transpose() {
+    let mut batch = match batches.then(batch).transpose() {
         Ok(batch) => batch,
         Err(error) => {
             tracing::info!(%error, "io_uring is not available, old data is read request after request");
@@ -591,17 +596,6 @@ fn watch(shared: &Shared, mut ring: RingBuf<MapData>) {
             None if left == 0 => edges.wait(),
             None => {}
         }
-    }
-}
-
-/// What a thread that stores old data does first. It has locks that those who preserve need: writers that turn in a loop
-/// must not keep it from giving them back.
-fn store_for_others(priority: Option<u8>) {
-    sched::flush_for_others();
-    if let Some(priority) = priority
-        && let Err(errno) = sched::real_time(priority.saturating_sub(1).max(1))
-    {
-        tracing::debug!(%errno, "a thread that stores old data has no priority");
     }
 }
 

@@ -224,7 +224,7 @@ fn a_parker_that_is_killed_is_noticed_and_nobody_sleeps_on() {
 #[test]
 fn a_silent_agent_lets_nobody_sleep() {
     let maps = maps();
-    let Some(place) = open(Duration::from_millis(200), 1, &maps) else {
+    let Some(place) = open(Duration::from_secs(1), 1, &maps) else {
         return;
     };
     std::thread::scope(|scope| {

@@ -11,7 +11,7 @@ mod load;
 
 use anyhow::Result;
 use blksnap_agent::filter::gate::park::{self, ParkerCommand};
-use blksnap_agent::filter::gate::{Availability, GateOptions, Wish};
+use blksnap_agent::filter::gate::{Availability, GateOptions, Priority, Wish};
 use blksnap_common::gate::GateState;
 use blksnap_tests::{agent_binary, complain, lab};
 
@@ -35,24 +35,16 @@ fn techniques() -> Vec<(&'static str, GateOptions)> {
     let mut found = vec![
         ("spin", spin.clone()),
         (
-            "spin_rt",
+            "spin_usual",
             GateOptions {
-                priority: Some(50),
+                priority: Priority::Usual,
                 ..spin.clone()
             },
         ),
         (
-            "spin_batches",
+            "spin_single",
             GateOptions {
-                batches: true,
-                ..spin.clone()
-            },
-        ),
-        (
-            "spin_batches_rt",
-            GateOptions {
-                batches: true,
-                priority: Some(50),
+                batches: false,
                 ..spin
             },
         ),
