@@ -38,13 +38,6 @@ fn techniques() -> Vec<(&'static str, GateOptions)> {
             "spin_usual",
             GateOptions {
                 priority: Priority::Usual,
-                ..spin.clone()
-            },
-        ),
-        (
-            "spin_single",
-            GateOptions {
-                batches: false,
                 ..spin
             },
         ),
@@ -59,7 +52,17 @@ fn techniques() -> Vec<(&'static str, GateOptions)> {
     });
     match park {
         Ok(park) => match Availability::check_park(&park) {
-            Ok(()) => found.push(("park", park)),
+            Ok(()) => {
+                let priority = Priority::Fixed(50);
+                found.push((
+                    "park_rt",
+                    GateOptions {
+                        priority,
+                        ..park.clone()
+                    },
+                ));
+                found.push(("park", park));
+            }
             Err(error) => complain(format_args!("bench: no park: {error}")),
         },
         Err(error) => complain(format_args!("bench: no park: {error:#}")),
