@@ -69,7 +69,7 @@ pub(super) fn run(options: args::Daemon, socket: &Path) -> Result<()> {
     };
     // Before anything else is opened.
     let inherited = Inherited::take()?;
-    log::init(options.log_format, &options.log)?;
+    let _log = log::init(options.log_format, &options.log)?;
     let config = Config {
         nbd: options.nbd.config()?,
         nbd_socket: std::path::absolute(runtime_dir.join(NBD_SOCKET))?,

@@ -1,8 +1,15 @@
 //! Log: events with fields on standard error, as text for people and the journal, or one JSON object a line.
+//!
+//! Nobody who has something to say waits for whoever reads it: lines are written by a thread of their own. The log may be a
+//! file on the very file system that is frozen for a take, and a line that the taking thread wrote there itself would wait
+//! until that is thawed, which is for the same thread to do.
 
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal, Write};
 
+use tracing::Dispatch;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Form of the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -32,35 +39,117 @@ pub enum LogError {
     Twice(String),
 }
 
+/// A log that was set up. Dropped, it waits a moment for what was not written yet, and says how many lines were lost.
+#[derive(Debug)]
+#[must_use = "what is not written yet is lost"]
+pub struct Log {
+    // Declared first: the lines go out before it is said how many did not.
+    _writer: WorkerGuard,
+    lost: Lost,
+}
+
+#[derive(Debug)]
+struct Lost(ErrorCounter);
+
+impl Drop for Lost {
+    fn drop(&mut self) {
+        let lines = self.0.dropped_lines();
+        if lines > 0 {
+            // Nowhere to say that standard error is closed.
+            let _ = writeln!(
+                std::io::stderr(),
+                "{lines} lines of the log were lost: it was not written for too long"
+            );
+        }
+    }
+}
+
+impl Log {
+    /// Lines that were lost: as many as memory is kept for were waiting to be written.
+    #[must_use]
+    pub fn lost_lines(&self) -> usize {
+        self.lost.0.dropped_lines()
+    }
+}
+
 /// Sends all events that `filter` lets through to standard error.
 ///
 /// # Errors
 /// The filter is no list of levels, or the log was set up before.
-pub fn init(format: LogFormat, filter: &str) -> Result<(), LogError> {
+pub fn init(format: LogFormat, filter: &str) -> Result<Log, LogError> {
+    let (dispatch, log) = to(std::io::stderr(), format, filter)?;
+    dispatch
+        .try_init()
+        .map_err(|error| LogError::Twice(error.to_string()))?;
+    Ok(log)
+}
+
+fn to(
+    writer: impl Write + IsTerminal + Send + 'static,
+    format: LogFormat,
+    filter: &str,
+) -> Result<(Dispatch, Log), LogError> {
     let filter = EnvFilter::try_new(filter).map_err(|error| LogError::Filter {
         filter: filter.to_owned(),
         message: error.to_string(),
     })?;
+    let is_terminal = writer.is_terminal();
+    let (writer, guard) = NonBlockingBuilder::default()
+        .lossy(true)
+        .thread_name("blksnap-log")
+        .finish(writer);
+    let lost = Lost(writer.error_counter());
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(writer);
     // The journal has its own clock.
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
-    match format {
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
-        LogFormat::Text if journal => builder.without_time().with_ansi(false).try_init(),
-        LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).try_init(),
-    }
-    .map_err(|error| LogError::Twice(error.to_string()))
+    let dispatch = match format {
+        LogFormat::Json => builder.json().flatten_event(true).finish().into(),
+        LogFormat::Text if journal => builder.without_time().with_ansi(false).finish().into(),
+        LogFormat::Text => builder.with_ansi(is_terminal).finish().into(),
+    };
+    Ok((dispatch, Log { _writer: guard, lost }))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead as _, BufReader};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
     fn a_wrong_filter_is_refused_in_one_line() {
         let error = init(LogFormat::Text, "a=b=c").unwrap_err().to_string();
         assert!(error.contains("a=b=c") && !error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn nobody_waits_for_the_reader_of_the_log() {
+        const LINES: usize = 20_000;
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        let (done, said) = mpsc::channel();
+        let speaker = std::thread::spawn(move || {
+            let (dispatch, log) = to(std::fs::File::from(writer), LogFormat::Json, "info").unwrap();
+            tracing::dispatcher::with_default(&dispatch, || {
+                for line in 0..LINES {
+                    tracing::info!(line, "much more than a pipe has room for");
+                }
+            });
+            done.send(log.lost_lines()).unwrap();
+            // Until all is read.
+            drop(dispatch);
+            log
+        });
+        let lost = said.recv_timeout(Duration::from_secs(60));
+        assert_eq!(lost, Ok(0), "it waits for somebody who reads");
+        let mut lines = BufReader::new(std::fs::File::from(reader)).lines();
+        for line in 0..LINES {
+            let read: serde_json::Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+            assert_eq!(read["line"], line);
+        }
+        drop(speaker.join().unwrap());
     }
 }

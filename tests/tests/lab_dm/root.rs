@@ -3,7 +3,7 @@
 //!
 //! A guest's root is no disk, so a small root is copied to a volume and the agent is started in it by `chroot`. What it
 //! has in the page cache is dropped before each take: what it would have to read while the volume is suspended it would
-//! wait for.
+//! wait for. It says something at the instant (`--log=debug`), which its log can't take before the volume goes on.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -252,6 +252,8 @@ fn the_agent_is_on_the_volume_that_it_takes() -> Result<()> {
         ensure!(ours()?.is_empty() && table(&volume)? == before, "{:?}", ours()?);
     }
     ensure!(writer.writes() > 10, "nothing was written meanwhile");
+    let log = agent.log();
+    ensure!(log.matches("the change map is taken").count() == 3, "{log}");
     drop(writer);
     drop(agent);
     drop(root);

@@ -234,6 +234,7 @@ impl TrackedDevice {
             state.seen.errors = errors;
         }
         state.unsaved = true;
+        tracing::debug!(device = %self.device.path.display(), number = %taken.number, "the change map is taken");
         Ok((taken, state.periods.map.read_map()))
     }
 
