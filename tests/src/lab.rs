@@ -8,9 +8,11 @@ use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use blksnap_agent::filter::gate::Preemption;
 use blksnap_agent::sys::ioctl;
 
 use crate::run;
@@ -144,6 +146,20 @@ pub fn partition(disk: &Path, number: u8, start: u64, length: u64) -> Result<Pat
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(node)
+}
+
+/// How writes wait for the gate in the tests: what `BLKSNAP_GATE_TECHNIQUE` says, else asleep (`park`) on a kernel that lets
+/// programs sleep and was not started so that they can turn (`fei`), else in a loop (`spin`).
+#[must_use]
+pub fn gate_technique() -> String {
+    static CHOSEN: OnceLock<String> = OnceLock::new();
+    let chosen = CHOSEN.get_or_init(|| {
+        let injects = Path::new("/sys/kernel/debug/error_injection/list").exists();
+        let sleeps = injects && !Preemption::now().can_spin();
+        std::env::var("BLKSNAP_GATE_TECHNIQUE")
+            .unwrap_or_else(|_| if sleeps { "park" } else { "spin" }.to_owned())
+    });
+    chosen.clone()
 }
 
 /// What the kernel says from now on.

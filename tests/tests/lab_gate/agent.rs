@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use super::scene::{MIB, partition};
 
 /// Bytes of each file system.
-const SIZE: u64 = 24 * MIB;
+pub(crate) const SIZE: u64 = 24 * MIB;
 
 /// Bound against hanging for ever.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -110,7 +110,7 @@ impl Drop for Busy {
 /// Makes the kernel one that can have writers wait, if it can be changed.
 pub(crate) fn prepare() -> Result<()> {
     lab::inside()?;
-    if technique() == "park" {
+    if lab::gate_technique() == "park" {
         return Ok(());
     }
     if !Preemption::now().can_spin() {
@@ -123,24 +123,23 @@ pub(crate) fn prepare() -> Result<()> {
     }
 }
 
-/// How writes are to wait: what the caller of the lab says, or in a loop, which more kernels can.
-fn technique() -> String {
-    std::env::var("BLKSNAP_GATE_TECHNIQUE").unwrap_or_else(|_| "spin".to_owned())
-}
-
 /// In an emulated guest time runs in jerks.
 pub(crate) fn daemon_options() -> DaemonOptions {
+    options_for(&lab::gate_technique())
+}
+
+fn options_for(technique: &str) -> DaemonOptions {
     DaemonOptions {
         arguments: vec![
             "--gate-deadline=10000".into(),
             "--gate-preempt".into(),
-            format!("--gate-technique={}", technique()).into(),
+            format!("--gate-technique={technique}").into(),
         ],
         ..DaemonOptions::default()
     }
 }
 
-fn start() -> Result<Daemon> {
+pub(crate) fn start() -> Result<Daemon> {
     Daemon::with_options(&daemon_options())
 }
 
@@ -163,7 +162,7 @@ fn frozen(daemon: &Daemon, device: &Path) -> Result<Vec<u8>> {
     Ok(fs::read(daemon.scratch().join(format!("frozen-{name}")))?)
 }
 
-fn take(daemon: &Daemon, devices: &[&Path], more: &[&OsStr]) -> Result<Value> {
+pub(crate) fn take(daemon: &Daemon, devices: &[&Path], more: &[&OsStr]) -> Result<Value> {
     take_on(daemon, devices, "memory:256M", more)
 }
 
@@ -453,47 +452,6 @@ fn a_silent_agent_loses_the_snapshot_and_nothing_else() -> Result<()> {
     busy.check()
 }
 
-/// Takes and releases under load leave nothing.
-#[test]
-#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
-fn takes_and_releases_leave_nothing() -> Result<()> {
-    prepare()?;
-    let seed = seed("gate takes");
-    let daemon = start()?;
-    let (part, disk) = (partition(SIZE)?, lab::virtio(1)?);
-    let busy = [Busy::new(&part, seed)?, Busy::new(&disk, seed ^ 1)?];
-    let mut log = KernelLog::follow()?;
-    let mut counts = Vec::new();
-    let started = Instant::now();
-    for _ in 0..rounds("BLKSNAP_GATE_TAKES", 10) {
-        let taken = take(&daemon, &[&part, &disk], &[])?;
-        busy[0].wait_for(2)?;
-        let shown = daemon.json(["snapshot", "info", id(&taken)?])?;
-        ensure!(shown["state"] == "taken", "{shown}");
-        daemon.run(["snapshot", "destroy", id(&taken)?])?;
-        nothing_is_left(&alias_of(&disk))?;
-        let of_process = |what: &str| -> Result<usize> {
-            let pid = daemon.pid().context("a pid")?;
-            Ok(fs::read_dir(format!("/proc/{pid}/{what}"))?.count())
-        };
-        counts.push((of_process("fd")?, of_process("task")?));
-        println!(
-            "round {}: {:?} after {:?}",
-            counts.len(),
-            counts.last(),
-            started.elapsed()
-        );
-    }
-    println!("descriptors and threads: {counts:?}");
-    let (early, late) = (counts[counts.len() / 2], counts[counts.len() - 1]);
-    ensure!(late.0 <= early.0 + 4 && late.1 <= early.1 + 4, "{counts:?}");
-    log.is_quiet()?;
-    for one in busy {
-        one.check()?;
-    }
-    Ok(())
-}
-
 /// Storage that would wait for itself, and a promise that can't be kept, are refused.
 #[test]
 #[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
@@ -541,7 +499,7 @@ fn what_can_not_be_held_is_refused() -> Result<()> {
         chosen["filter"] == "gate"
             && chosen["filter_reason"]
                 .as_str()
-                .is_some_and(|why| why.contains(&technique())),
+                .is_some_and(|why| why.contains(&lab::gate_technique())),
         "{chosen}"
     );
     daemon.run(["snapshot", "destroy", id(&chosen)?])?;
@@ -558,7 +516,8 @@ fn the_kernel_preempts_as_before() -> Result<()> {
     }
     let before = Preemption::now();
     ensure!(!before.can_spin(), "{before:?}");
-    let mut daemon = start()?;
+    let options = options_for("spin");
+    let mut daemon = Daemon::with_options(&options)?;
     let part = partition(SIZE)?;
     let taken = take(&daemon, &[&part], &[])?;
     ensure!(Preemption::now() == Preemption::Full);
@@ -567,7 +526,7 @@ fn the_kernel_preempts_as_before() -> Result<()> {
     take(&daemon, &[&part], &[])?;
     ensure!(Preemption::now() == Preemption::Full);
     daemon.kill()?;
-    daemon.launch(&daemon_options())?;
+    daemon.launch(&options)?;
     ensure!(Preemption::now() == before, "{:?}", Preemption::now());
     Ok(())
 }

@@ -7,6 +7,7 @@ mod lost;
 mod park;
 mod root;
 mod scene;
+mod takes;
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;

@@ -1,8 +1,10 @@
 //! Load: who writes to an origin while a snapshot is held.
 
-use std::fs;
-use std::io::Read as _;
-use std::path::Path;
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -17,6 +19,10 @@ use super::origin::Origin;
 /// Bound against hanging for ever: fio alone takes some seconds to start in a guest.
 const PATIENCE: Duration = Duration::from_secs(400);
 
+/// Bytes of the partition that is swapped to, and of the file.
+const SWAP: u64 = 560 * MIB;
+const SWAP_FILE: u64 = 32 * MIB;
+
 /// Writers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Load {
@@ -26,8 +32,10 @@ pub(crate) enum Load {
     Files(u64),
     /// So many writers of files, each write followed by fsync.
     Fsyncs(u32),
-    /// Writers of files, and one who needs more memory than there is, with swap on another partition of the disk.
+    /// Writers of files, and one who needs twice the memory that there is, with swap on another partition of the disk.
     Swap,
+    /// The same with swap in a file of the held file system as well, used first.
+    SwapFile,
     /// A writer of files through the page cache who dirties more than the memory bears.
     Dirty,
 }
@@ -80,7 +88,7 @@ impl Load {
     /// Makes sure that the guest is one that it is meant for.
     pub(crate) fn needs(&self) -> Result<()> {
         match self {
-            Self::Swap | Self::Dirty if memory("MemTotal")? > 1024 * MIB => {
+            Self::Swap | Self::SwapFile | Self::Dirty if memory("MemTotal")? > 1024 * MIB => {
                 lab::absent("a small memory, see `cargo xtask test --vm 7.2+512m`")
             }
             _ => Ok(()),
@@ -90,7 +98,7 @@ impl Load {
     /// Where old data is kept.
     pub(crate) fn storage(&self) -> Result<StorageSpec> {
         Ok(match self {
-            Self::Swap | Self::Dirty => StorageSpec::Device {
+            Self::Swap | Self::SwapFile | Self::Dirty => StorageSpec::Device {
                 path: lab::virtio(1)?,
                 ranges: Vec::new(),
             },
@@ -105,7 +113,8 @@ impl Load {
             programs: Vec::new(),
             writers: Vec::new(),
             hungry: None,
-            swap: None,
+            swap: Vec::new(),
+            file: None,
         };
         match self {
             Self::Fio(fio) => {
@@ -131,14 +140,25 @@ impl Load {
                 running.write_files(origin.directory()?, 2, seed);
                 running.swap()?;
             }
+            Self::SwapFile => {
+                running.write_files(origin.directory()?, 2, seed);
+                running.file = Some(swap_file(origin.directory()?)?);
+            }
             Self::Dirty => {
                 running.write_files(origin.directory()?, 1, seed);
-                let fio = Fio {
-                    more: &["--direct=0", "--rw=write", "--size=192m", "--bs=1m"],
-                    ..Fio::new("psync", 1, 1)
-                };
+                let mut fio = Fio::new("psync", 1, 1);
+                // More than twice the 512 MiB of the guest.
+                fio.more = &[
+                    "--direct=0",
+                    "--rw=write",
+                    "--size=192m",
+                    "--bs=1m",
+                    "--time_based=0",
+                    "--runtime=0",
+                    "--loops=6",
+                ];
                 let target = format!("--directory={}", origin.directory()?.display());
-                running.programs.push(fio.start(&target, seed, time * 2)?);
+                running.programs.push(fio.start(&target, seed, time)?);
             }
         }
         Ok(running)
@@ -152,8 +172,10 @@ pub(crate) struct Running {
     programs: Vec<Program>,
     writers: Vec<Writer>,
     /// Ends when it is dropped; before its swap.
-    hungry: Option<Program>,
-    swap: Option<Swap>,
+    hungry: Option<Hungry>,
+    swap: Vec<Swap>,
+    /// To be used as swap when the instant is over: until then what is in it is known.
+    file: Option<PathBuf>,
 }
 
 impl Running {
@@ -163,21 +185,24 @@ impl Running {
             .collect();
     }
 
-    /// Swap, and who needs all memory and half as much again.
+    /// The instant is over.
+    pub(crate) fn taken(&mut self) -> Result<()> {
+        let Some(file) = self.file.take() else {
+            return Ok(());
+        };
+        self.swap.push(Swap::on(&file, 10)?);
+        self.swap()
+    }
+
+    /// Swap, and who needs twice the memory that there is.
     fn swap(&mut self) -> Result<()> {
-        let node = lab::partition(&lab::virtio(0)?, 2, 400 * MIB, 560 * MIB)?;
-        let node = node.display().to_string();
+        let node = lab::partition(&lab::virtio(0)?, 2, 400 * MIB, SWAP)?;
         run("mkswap", [&node])?;
-        run("swapon", [&node])?;
-        self.swap = Some(Swap(node));
+        self.swap.push(Swap::on(&node, 1)?);
         // One block larger than what is free, filled again and again.
-        let bytes = memory("MemAvailable")? + 96 * MIB;
-        let block = format!("bs={bytes}");
-        self.hungry = Some(Program::start(Command::new("dd").args([
-            "if=/dev/zero",
-            "of=/dev/null",
-            &block,
-        ]))?);
+        let free = memory("MemAvailable")?;
+        let bytes = (2 * free).min(free + SWAP - 96 * MIB);
+        self.hungry = Some(Hungry::new(bytes)?);
         Ok(())
     }
 
@@ -196,27 +221,88 @@ impl Running {
             written += writer.writes();
             ensure!(writer.errors() == 0, "{} writes failed", writer.errors());
         }
-        if self.swap.is_some() {
-            let swapped = || counter("/proc/vmstat", "pswpout");
-            while swapped()? < 1000 {
-                ensure!(self.began.elapsed() < PATIENCE, "nothing was swapped out");
+        if !self.swap.is_empty() {
+            // What is used first has its share.
+            while self.swap[0].used()? < 4 * MIB {
+                ensure!(
+                    self.began.elapsed() < PATIENCE,
+                    "next to nothing was swapped out to {}",
+                    self.swap[0].0.display()
+                );
                 std::thread::sleep(Duration::from_millis(50));
             }
-            println!("swapped out: {} pages", swapped()?);
+            for swap in &self.swap {
+                println!("swap on {}: {} bytes", swap.0.display(), swap.used()?);
+            }
+            println!("swapped out: {} pages", counter("/proc/vmstat", "pswpout")?);
             self.hungry = None;
         }
         Ok(written)
     }
 }
 
+/// A file to swap to: all its blocks are there, and on the disk.
+fn swap_file(directory: &Path) -> Result<PathBuf> {
+    let path = directory.join("swap");
+    let bytes = usize::try_from(SWAP_FILE)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)?;
+    file.write_all(&vec![0xa5; bytes])?;
+    run("mkswap", [&path])?;
+    file.sync_all()?;
+    Ok(path)
+}
+
 /// Swap in use. Taken back when dropped.
-struct Swap(String);
+struct Swap(PathBuf);
+
+impl Swap {
+    fn on(path: &Path, priority: u8) -> Result<Self> {
+        let priority = format!("-p{priority}");
+        run("swapon", [OsStr::new(&priority), path.as_os_str()])?;
+        Ok(Self(path.to_owned()))
+    }
+
+    /// Bytes that are swapped out to it.
+    fn used(&self) -> Result<u64> {
+        let text = fs::read_to_string("/proc/swaps")?;
+        let path = self.0.to_string_lossy();
+        let line = text.lines().find(|line| line.starts_with(path.as_ref()));
+        let used = line.and_then(|line| line.split_whitespace().nth(3));
+        let used = used.with_context(|| format!("no {path} in {text}"))?;
+        Ok(used.parse::<u64>()? * 1024)
+    }
+}
 
 impl Drop for Swap {
     fn drop(&mut self) {
         if let Err(error) = run("swapoff", [&self.0]) {
             println!("swapoff: {error:#}");
         }
+    }
+}
+
+/// Needs more memory than there is, until it is dropped.
+struct Hungry {
+    _eater: Program,
+    _feeder: Program,
+}
+
+impl Hungry {
+    /// Fills one block of so many bytes again and again. Pages of zeros would not be written to swap.
+    fn new(bytes: u64) -> Result<Self> {
+        let mut feeder = Command::new("tr");
+        let mut feeder = Program::fed(feeder.args(["\\0", "x"]), File::open("/dev/zero")?)?;
+        let food = feeder.child.stdout.take().context("its output")?;
+        let mut eater = Command::new("dd");
+        let eater = eater.args(["of=/dev/null", "iflag=fullblock", &format!("bs={bytes}")]);
+        Ok(Self {
+            _eater: Program::fed(eater, food)?,
+            _feeder: feeder,
+        })
     }
 }
 
@@ -228,8 +314,12 @@ struct Program {
 
 impl Program {
     fn start(command: &mut Command) -> Result<Self> {
+        Self::fed(command, Stdio::null())
+    }
+
+    fn fed(command: &mut Command, input: impl Into<Stdio>) -> Result<Self> {
         let child = command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .spawn()
             .with_context(|| format!("start {command:?}"))?;

@@ -10,12 +10,13 @@ mod origin;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Error, Result, ensure};
 use blksnap_agent::engine::cow::Image;
 use blksnap_agent::filter::gate::park::{self, ParkerCommand};
-use blksnap_agent::filter::gate::{Gate, GateOptions};
+use blksnap_agent::filter::gate::{Gate, GateOptions, Wish};
 use blksnap_tests::lab::{self, KernelLog};
 use blksnap_tests::{agent_binary, seed};
+use clap::ValueEnum as _;
 
 use load::{Fio, Load};
 use origin::{Held, Kind, Origin};
@@ -87,6 +88,7 @@ cases! {
     xfs_fsyncs: files("xfs", 304 * MIB, Load::Fsyncs(16));
     btrfs_fsyncs: files("btrfs", 128 * MIB, Load::Fsyncs(16));
     swap_on_the_same_disk: files("ext4", 64 * MIB, Load::Swap);
+    swap_in_a_file_of_it: files("ext4", 96 * MIB, Load::SwapFile);
     dirty_pages_of_more_than_the_memory: files("ext4", 256 * MIB, Load::Dirty);
 }
 
@@ -101,6 +103,7 @@ fn options() -> Result<GateOptions> {
     Ok(GateOptions {
         deadline: Duration::from_secs(10),
         silence: Duration::from_secs(8),
+        technique: Wish::from_str(&lab::gate_technique(), false).map_err(Error::msg)?,
         // This program is not the agent.
         parker: ParkerCommand {
             program: agent_binary()?,
@@ -123,7 +126,7 @@ fn holds(name: &str, case: &Case) -> Result<()> {
     let mut origin = Origin::new(case.kind, case.size, seed)?;
     // A file system is busy when it is taken; on a raw device writing begins after the instant, which is known then.
     let began = Instant::now();
-    let (image, running) = if origin.is_file_system() {
+    let (image, mut running) = if origin.is_file_system() {
         let running = case.load.start(&origin, seed, time())?;
         std::thread::sleep(Duration::from_secs(1));
         (origin.take(&held, case.load.storage()?)?, running)
@@ -131,6 +134,7 @@ fn holds(name: &str, case: &Case) -> Result<()> {
         let image = origin.take(&held, case.load.storage()?)?;
         (image, case.load.start(&origin, seed, time())?)
     };
+    running.taken()?;
     let written = running.finish().context("the origin suffered")?;
     let gate = origin.gate()?;
     let state = gate.state();

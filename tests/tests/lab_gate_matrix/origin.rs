@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use blksnap_agent::cow::{ChunkParams, SnapshotKey};
 use blksnap_agent::disk::BlockDevice;
 use blksnap_agent::engine::cow::{Broken, Image, Promise, Store, StoreOptions};
-use blksnap_agent::filter::gate::{Availability, Gate, GateOptions, Gates, Member, Preemption};
+use blksnap_agent::filter::gate::{Availability, Gate, GateOptions, Gates, Member, Preemption, Wish};
 use blksnap_agent::storage::{Pool, PoolOptions, StorageSpec};
 use blksnap_agent::sys::ioctl;
 use blksnap_tests::{LoopDevice, fill_device, lab, read_device, run, unmount};
@@ -46,7 +46,7 @@ impl Held {
     pub(crate) fn new(options: GateOptions) -> Result<Self> {
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         if loaded.is_none() {
-            if !Preemption::now().can_spin() {
+            if options.technique == Wish::Spin && !Preemption::now().can_spin() {
                 // A kernel that can't be changed says so below.
                 let _ = std::fs::write("/sys/kernel/debug/sched/preempt", "full");
             }

@@ -45,13 +45,14 @@ const LONG: &str = "6.1,6.12,7.2,7.2+full,fei";
 const ORACLE_WRITES: (&str, &str) = ("BLKSNAP_ORACLE_WRITES", "4000");
 
 /// Variables that a guest's tests have from here.
-const PASSED_ON: [&str; 7] = [
+const PASSED_ON: [&str; 8] = [
     "BLKSNAP_SEED",
     "RUST_LOG",
     "BLKSNAP_GATE_AGENT_KILLS",
     "BLKSNAP_GATE_KILLS",
     "BLKSNAP_GATE_SECONDS",
     "BLKSNAP_GATE_TAKES",
+    "BLKSNAP_GATE_TECHNIQUE",
     "BLKSNAP_DM_KILLS",
 ];
 
