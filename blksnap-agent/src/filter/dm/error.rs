@@ -71,7 +71,7 @@ pub enum DmError {
     },
     /// The instant took too long.
     #[error(
-        "{device} went on before all devices were taken: it was suspended for longer than the limit; nothing was taken"
+        "{device} went on before all devices were taken: it was suspended for longer than the limit; nothing was taken: try again when less is written, or give storage on a faster disk"
     )]
     Late {
         /// The device.

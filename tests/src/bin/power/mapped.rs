@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use blksnap_agent::sys::AlignedBuffer;
 use blksnap_tests::volumes::{Group, lvm, ours, table};
-use blksnap_tests::{lab, read_device, run};
+use blksnap_tests::{complain, lab, read_device, run};
 use serde_json::{Value, json};
 
 use super::agent::Agent;
@@ -149,9 +149,13 @@ fn check(agent: &Agent, known: &[Value]) -> Result<Found> {
     Ok(found)
 }
 
+/// Takes the volume. A flush of a busy host's disk may take longer than the volume may be suspended; then it was not
+/// taken, and is tried again.
 fn take(agent: &Agent) -> Result<String> {
+    const LATE: &str = "went on before all devices were taken";
+    const TRIES: usize = 5;
     let storage = storage().display().to_string();
-    let taken = agent.json(&[
+    let words = [
         "snapshot",
         "create",
         VOLUME,
@@ -159,7 +163,17 @@ fn take(agent: &Agent) -> Result<String> {
         "--minimum=16M",
         "--storage",
         &storage,
-    ])?;
+    ];
+    let mut late = 0;
+    let taken = loop {
+        match agent.json(&words) {
+            Err(error) if late + 1 < TRIES && format!("{error:#}").contains(LATE) => {
+                late += 1;
+                complain(format_args!("{error:#}"));
+            }
+            done => break done?,
+        }
+    };
     ensure!(taken["state"] == "taken" && taken["filter"] == "dm", "{taken}");
     let id = text(&taken, "id")?;
     say("known", &json!({"id": id}))?;

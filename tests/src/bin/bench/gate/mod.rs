@@ -11,7 +11,7 @@ mod load;
 
 use anyhow::Result;
 use blksnap_agent::filter::gate::park::{self, ParkerCommand};
-use blksnap_agent::filter::gate::{Availability, GateOptions, Priority, Wish};
+use blksnap_agent::filter::gate::{Availability, GateOptions, Wish};
 use blksnap_common::gate::GateState;
 use blksnap_tests::{agent_binary, complain, lab};
 
@@ -32,16 +32,7 @@ fn techniques() -> Vec<(&'static str, GateOptions)> {
         technique: Wish::Spin,
         ..GateOptions::default()
     };
-    let mut found = vec![
-        ("spin", spin.clone()),
-        (
-            "spin_usual",
-            GateOptions {
-                priority: Priority::Usual,
-                ..spin
-            },
-        ),
-    ];
+    let mut found = vec![("spin", spin)];
     let park = agent_binary().map(|program| GateOptions {
         technique: Wish::Park,
         parker: ParkerCommand {
@@ -52,17 +43,7 @@ fn techniques() -> Vec<(&'static str, GateOptions)> {
     });
     match park {
         Ok(park) => match Availability::check_park(&park) {
-            Ok(()) => {
-                let priority = Priority::Fixed(50);
-                found.push((
-                    "park_rt",
-                    GateOptions {
-                        priority,
-                        ..park.clone()
-                    },
-                ));
-                found.push(("park", park));
-            }
+            Ok(()) => found.push(("park", park)),
             Err(error) => complain(format_args!("bench: no park: {error}")),
         },
         Err(error) => complain(format_args!("bench: no park: {error:#}")),
