@@ -126,9 +126,8 @@ fn the_file_system_that_the_agent_lives_on() -> Result<()> {
         ..daemon_options()
     })?;
     let hook = root.path().join("bin/hook");
-    // It says nothing: its standard error is the agent's, a file on what is frozen, and would wait for the thaw.
     let script = format!(
-        "#!/bin/sh\n[ \"$1\" = frozen ] || exit 0\nexec /bin/dd if=$BLKSNAP_DEVICES of={} bs=1M iflag=direct oflag=direct 2>/dev/null\n",
+        "#!/bin/sh\n[ \"$1\" = frozen ] || exit 0\nexec /bin/dd if=$BLKSNAP_DEVICES of={} bs=1M iflag=direct oflag=direct\n",
         copy.display()
     );
     fs::write(&hook, script)?;

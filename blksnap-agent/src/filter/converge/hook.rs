@@ -3,11 +3,11 @@
 //! It is run with one argument: `freeze` before anything is frozen (a database may flush and pause), `frozen`
 //! when everything is frozen and the copies are complete (it must write nothing then), and `thaw` when everything
 //! goes on, also after a failure. `BLKSNAP_DEVICES` has the nodes of the devices, separated by spaces. A code
-//! other than 0 of `freeze` or `frozen` fails the take.
+//! other than 0 of `freeze` or `frozen` fails the take. What it says on standard error goes to the log, line by line.
 
 use std::fmt;
-use std::io;
-use std::path::PathBuf;
+use std::io::{self, BufRead as _, BufReader, Read};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -98,13 +98,19 @@ impl FreezeHook for Hook {
             source,
         };
         let names: Vec<_> = devices.iter().map(|path| path.to_string_lossy()).collect();
-        let child = Command::new(&self.program)
+        let mut child = Command::new(&self.program)
             .arg(stage)
             .env(DEVICES_VARIABLE, names.join(" "))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
+            // Not the agent's, which may be a file on what is frozen.
+            .stderr(Stdio::piped())
             .spawn()
             .map_err(started)?;
+        if let Some(said) = child.stderr.take() {
+            let program = self.program.clone();
+            std::thread::spawn(move || log_lines(&program, stage, said));
+        }
         match wait_until(child, deadline).map_err(started)? {
             Some(status) if status.success() => Ok(()),
             Some(status) => Err(HookError::Failed {
@@ -117,6 +123,13 @@ impl FreezeHook for Hook {
                 stage,
             }),
         }
+    }
+}
+
+/// What the program says goes to the log, until it and all that it started have closed their end.
+fn log_lines(program: &Path, stage: &str, said: impl Read) {
+    for line in BufReader::new(said).split(b'\n').map_while(Result::ok) {
+        tracing::info!(hook = %program.display(), stage, "{}", String::from_utf8_lossy(&line));
     }
 }
 
@@ -139,7 +152,6 @@ fn wait_until(mut child: Child, deadline: Instant) -> io::Result<Option<ExitStat
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
-    use std::path::Path;
 
     use super::*;
 
@@ -162,6 +174,16 @@ mod tests {
             .unwrap();
         let output = std::fs::read_to_string(directory.path().join("hook.out")).unwrap();
         assert_eq!(output, "1 frozen /dev/a /dev/b1\n");
+    }
+
+    #[test]
+    fn it_may_say_more_than_a_pipe_has_room_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let hook = hook(
+            directory.path(),
+            "head -c 1000000 /dev/zero | tr '\\000' '\\012' >&2; printf end >&2",
+        );
+        hook.run(Stage::Frozen, &[], far()).unwrap();
     }
 
     #[test]
