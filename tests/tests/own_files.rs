@@ -163,6 +163,12 @@ fn extents_are_where_the_bytes_are(kind: &str) {
     ] {
         assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EPERM));
     }
+    // Nor moves it.
+    let (mover, option) = match kind {
+        "xfs" => ("xfs_fsr", "-v"),
+        _ => ("e4defrag", "-v"),
+    };
+    let _ = run(mover, [Path::new(option), &path]);
     assert_eq!(own::ranges(&path).unwrap(), made.ranges);
     let kept = Kept {
         path: path.clone(),

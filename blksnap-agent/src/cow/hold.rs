@@ -234,6 +234,11 @@ impl Hold {
         }
     }
 
+    /// The units that belong to nobody's image, by chunk.
+    pub fn excluded(&self) -> impl Iterator<Item = (u64, UnitSet)> + '_ {
+        self.excluded.iter().map(|(chunk, units)| (*chunk, *units))
+    }
+
     /// Whether difference storage is on the origin.
     #[must_use]
     pub const fn has_storage(&self) -> bool {

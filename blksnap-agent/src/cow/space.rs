@@ -177,6 +177,15 @@ impl Space {
         }
     }
 
+    /// Gives out nothing more of a region of which nothing is in use; it has no bytes any more.
+    pub fn close(&mut self, id: RegionId) {
+        let state = &mut self.regions[id.index()];
+        debug_assert_eq!(state.used, 0, "what is in use stays");
+        state.region.length = 0;
+        state.region.bytes = 0;
+        state.next = state.region.start;
+    }
+
     /// Bytes in use of a region.
     #[must_use]
     pub fn used_of(&self, id: RegionId) -> u64 {

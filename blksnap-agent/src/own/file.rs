@@ -159,7 +159,7 @@ fn allowed(file: &File, request: &Make, wanted: u64) -> Result<u64, String> {
     let least = request.fresh.unwrap_or(wanted);
     if most < least.min(wanted) {
         return Err(format!(
-            "can't have {wanted} bytes in {}: its file system has {available} bytes left, and {reserve} are kept free; free some space, or give another place",
+            "can't have {wanted} bytes in {}: its file system has {available} bytes left, and {reserve} are kept free; free some space, give a limit that it has room for, or another place",
             path.display()
         ));
     }

@@ -98,7 +98,7 @@ pub enum SnapshotError {
     NoGates(String),
     /// Storage that stands on a device whose writes are held.
     #[error(
-        "can't store in {place}: it is on {}, whose writes would wait for themselves; give a place on another device, or memory:SIZE",
+        "can't store in {place}: it is on {}, whose writes would wait for themselves; give a place on another device, memory:SIZE, or before the take a directory of an ext4 or XFS that is mounted from the device itself",
         origin.display()
     )]
     OnOrigin {

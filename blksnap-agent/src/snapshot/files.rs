@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{SnapshotError, places};
 use crate::cow::SnapshotKey;
-use crate::disk::Disk;
+use crate::disk::{BlockDevice, Disk};
 use crate::engine::cow::{Fence, Image};
 use crate::filter::served::Served;
 use crate::own::{Candidate, Helper, Kept, Make};
@@ -271,7 +271,9 @@ impl Files {
                 return;
             }
         };
-        match self.helper.release(&files, &self.devices.nodes()) {
+        let mut nodes = self.devices.nodes();
+        nodes.extend(held_by_gates(&files));
+        match self.helper.release(&files, &nodes) {
             Ok(left) if left.is_empty() && !others => places::forget_own(&self.root, self.id),
             Ok(left) => {
                 for kept in left {
@@ -283,8 +285,21 @@ impl Files {
     }
 }
 
+/// Devices by whose nodes files are noted: those whose writes were held by gates.
+pub(super) fn held_by_gates(files: &[Kept]) -> Vec<Candidate> {
+    let node = |kept: &Kept| {
+        let path = Path::new(&kept.device);
+        let device = path.is_absolute().then(|| BlockDevice::open(path))?.ok()?;
+        Some(Candidate {
+            name: kept.device.clone(),
+            id: device.id,
+        })
+    };
+    files.iter().filter_map(node).collect()
+}
+
 /// Ranges cut to whole pages and blocks, those at least as long as a chunk.
-fn pieces(ranges: &[Extent], chunk: u64, block: u64) -> Vec<Extent> {
+pub(super) fn pieces(ranges: &[Extent], chunk: u64, block: u64) -> Vec<Extent> {
     let step = block.max(PAGE);
     let cut = ranges.iter().filter_map(|range| {
         let offset = range.offset.next_multiple_of(step);

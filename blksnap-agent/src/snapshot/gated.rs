@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::document::{Document, MemberDocument};
 use super::events::Events;
+use super::gated_own::OwnStorage;
 use super::held::{Held, HoldOptions, HoldPlace, seconds};
 use super::owner::{Content, Image, TakeOptions};
 use super::stores::{Parts, new_store};
@@ -25,7 +26,7 @@ use crate::engine::cow::Promise;
 use crate::filter::gate::{self, Gate, GateError, GateImage, Gates};
 use crate::filter::held::HeldImage;
 use crate::filter::instant::{self, Moment, Terms};
-use crate::storage::{Pool, StorageSpec};
+use crate::storage::{Own, Pool, StorageSpec};
 use crate::sys::sched;
 use crate::tracker::{TrackedDevice, Tracker};
 use crate::units::SnapshotId;
@@ -67,9 +68,25 @@ pub(super) struct GateHold {
 impl GateHold {
     /// Takes the devices.
     pub(super) fn run(&self) -> Result<(Held, Vec<Image>), SnapshotError> {
+        let mut own = OwnStorage::make(self)?;
+        let taken = self.attempts(own.as_ref());
+        match (taken, &mut own) {
+            (Ok((mut held, images)), _) => {
+                held.own = own.map(Box::new);
+                Ok((held, images))
+            }
+            (Err(error), Some(own)) => {
+                own.undo(&self.pool);
+                Err(error)
+            }
+            (Err(error), None) => Err(error),
+        }
+    }
+
+    fn attempts(&self, own: Option<&OwnStorage>) -> Result<(Held, Vec<Image>), SnapshotError> {
         let mut attempt = 1;
         loop {
-            match self.attempt() {
+            match self.attempt(own) {
                 Err(SnapshotError::Gate(error @ (GateError::Busy { .. } | GateError::Broken { .. })))
                     if attempt < ATTEMPTS =>
                 {
@@ -82,7 +99,7 @@ impl GateHold {
         }
     }
 
-    fn attempt(&self) -> Result<(Held, Vec<Image>), SnapshotError> {
+    fn attempt(&self, own: Option<&OwnStorage>) -> Result<(Held, Vec<Image>), SnapshotError> {
         let tracked = self
             .devices
             .iter()
@@ -118,6 +135,9 @@ impl GateHold {
         let moments = instant::take(&tracked, &terms, |close| {
             let close = || close().map_err(|error| GateError::Close(error.to_string()));
             images = Gates::take(&members, close)?;
+            if let Some(own) = own {
+                images.iter().for_each(|image| own.used_by(image));
+            }
             Ok::<_, SnapshotError>(())
         })
         .inspect_err(|_| {
@@ -134,7 +154,7 @@ impl GateHold {
         self.keep(&tracked, gates, &held, &moments)
     }
 
-    fn gate(&self, device: &TrackedDevice) -> Result<Arc<Gate>, SnapshotError> {
+    pub(super) fn gate(&self, device: &TrackedDevice) -> Result<Arc<Gate>, SnapshotError> {
         let gate = self.keeper.gates.gate(device.device(), &self.keeper.chunks)?;
         if gate.device().capacity == device.device().capacity {
             return Ok(gate);
@@ -182,6 +202,7 @@ impl GateHold {
             pool: Arc::clone(&self.pool),
             images: images.iter().cloned().map(HeldImage::Gate).collect(),
             guards: Vec::new(),
+            own: None,
             gates,
         };
         let made = directory.map_or(Ok(()), |directory| {
@@ -226,7 +247,8 @@ fn document_of(device: &BlockDevice, image: &GateImage, moment: &Moment) -> Memb
     }
 }
 
-/// Refuses storage that stands on a device with a gate: what is stored there would wait for what waits for it.
+/// Refuses storage that stands on a device with a gate: what is stored there would wait for what waits for it. Files
+/// that are used beneath the file system do not.
 pub(super) fn check_storage(gates: &[Arc<Gate>], specs: &[StorageSpec]) -> Result<(), SnapshotError> {
     if gates.is_empty() {
         return Ok(());
@@ -247,6 +269,8 @@ pub(super) fn check_storage(gates: &[Arc<Gate>], specs: &[StorageSpec]) -> Resul
                     .find(|origin| shares(origin, &storage))
                     .map(|origin| origin.path.clone())
             }
+            // Its writes do not wait: see [`super::gated_own`].
+            StorageSpec::Own(own) if own.file.is_some() && is_gated(own, &devices) => None,
             StorageSpec::Own(own) => Some(PathBuf::from(&own.device)),
         };
         if let Some(origin) = origin {
@@ -259,7 +283,11 @@ pub(super) fn check_storage(gates: &[Arc<Gate>], specs: &[StorageSpec]) -> Resul
     Ok(())
 }
 
-fn on_disk(error: DiskError) -> SnapshotError {
+fn is_gated(own: &Own, devices: &[&BlockDevice]) -> bool {
+    devices.iter().any(|device| device.path == Path::new(&own.device))
+}
+
+pub(super) fn on_disk(error: DiskError) -> SnapshotError {
     SnapshotError::Gate(GateError::Close(error.to_string()))
 }
 

@@ -103,6 +103,16 @@ impl Owner {
             // An agent before has seen to it.
             return;
         }
+        if self.held.as_ref().is_some_and(|held| held.own.is_some()) {
+            // What it allocates now may have been a file's at the instant, and its own writes are held.
+            tracing::warn!(
+                snapshot = %self.info.id,
+                used = usage.used,
+                bytes = usage.bytes,
+                "the difference storage on a device whose writes are held does not grow; append a place on another device before it is full"
+            );
+            return;
+        }
         let specs = pool.specs();
         let owns = specs.iter().filter_map(|spec| match spec {
             StorageSpec::Own(own) if own.directory => Some(own),

@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::document::{Document, MemberDocument, journal_path};
 use super::files::{FileInUse, NewFile};
+use super::gated_own::OwnStorage;
 use super::own::Guard;
 use super::owner::{Content, Hold, Image, Owner};
 use super::stores::{Parts, new_store, pool_events, pool_options};
@@ -81,6 +82,8 @@ pub(super) struct Held {
     pub(super) pool: Arc<Pool>,
     pub(super) images: Vec<HeldImage>,
     pub(super) guards: Vec<Guard>,
+    /// Storage on devices that have gates: let go before these.
+    pub(super) own: Option<Box<OwnStorage>>,
     /// Of devices that have one, in the order of the images.
     pub(super) gates: Vec<Arc<Gate>>,
 }
@@ -195,6 +198,7 @@ impl Held {
                 .map(|member| HeldImage::Served(member.image.clone()))
                 .collect(),
             guards,
+            own: None,
             gates: Vec::new(),
         };
         // Written after the instant: until it is there, the snapshot ends with the agent.
@@ -292,6 +296,7 @@ impl Held {
             pool,
             images: Vec::new(),
             guards: own::guards(&storage, devices),
+            own: None,
             gates: Vec::new(),
         };
         let options = HoldOptions {

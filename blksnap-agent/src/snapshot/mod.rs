@@ -20,6 +20,7 @@ mod error;
 mod events;
 mod files;
 mod gated;
+mod gated_own;
 mod growth;
 mod held;
 mod mapped;

@@ -1,6 +1,6 @@
 //! Registry: all snapshots of the agent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::mpsc::{Sender, channel};
@@ -54,6 +54,8 @@ pub struct Snapshots {
     devices: Option<Arc<dyn Devices>>,
     keeper: Option<GateKeeper>,
     dm: Option<Arc<DmKeeper>>,
+    /// Ended with the agent before: nothing of their storage is of use any more.
+    ended: Mutex<BTreeSet<SnapshotId>>,
     /// Held for look-ups only, never while waiting for an answer.
     owners: Mutex<BTreeMap<SnapshotId, Handle>>,
 }
@@ -68,6 +70,7 @@ impl Snapshots {
             devices: None,
             keeper: None,
             dm: None,
+            ended: Mutex::default(),
             owners: Mutex::default(),
         }
     }
@@ -93,16 +96,17 @@ impl Snapshots {
         self
     }
 
-    /// Lets the files on served devices go whose snapshots are gone. The devices answer by now; who waits for this is
+    /// Lets the files on snapshotted devices go whose snapshots are gone, or have ended. The devices answer by now; who waits for this is
     /// nobody.
     pub fn sweep_files(&self) {
         let (Some(devices), Some(root)) = (&self.devices, &self.place.directory) else {
             return;
         };
+        let ended = std::mem::take(&mut *self.ended.lock().unwrap_or_else(PoisonError::into_inner));
         let owners = self.owners();
         let gone: Vec<SnapshotId> = places::own_notes(root)
             .into_iter()
-            .filter(|id| !owners.contains_key(id))
+            .filter(|id| ended.contains(id) || !owners.contains_key(id))
             .collect();
         drop(owners);
         if gone.is_empty() {
@@ -253,6 +257,10 @@ impl Snapshots {
                 "its agent {how}, and with it the programs that held writes: a snapshot by the filter {} does not outlive its agent",
                 document.filter.label()
             );
+            self.ended
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(id);
             return self.resume_none(owner, handle, commands, &document, why);
         }
         let found: Vec<_> = document

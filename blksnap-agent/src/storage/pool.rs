@@ -28,7 +28,7 @@ use super::open::{Numbered, Opened, Terms};
 use super::store::Store;
 use super::{Own, OwnPlace, StorageError, StorageSpec};
 use crate::cow::{Overflow, Region, RegionId, Slot, Space, SpaceEvent, Taken};
-use crate::disk::{BlockDevice, Disk, extents};
+use crate::disk::{BlockDevice, Disk, MemoryDisk, extents};
 use crate::units::{DeviceId, SECTOR_BYTES};
 
 /// Bytes given out until a file system is asked again what it has left.
@@ -211,6 +211,33 @@ impl Pool {
         self.add(&StorageSpec::Own(own), &[], Some(place), false)
     }
 
+    /// Takes back all storage, of which nothing was given out yet: what is open is closed, and files that were kept by
+    /// a name are removed.
+    ///
+    /// # Errors
+    /// One of these stays.
+    pub fn withdraw(&self) -> Result<(), StorageError> {
+        self.remove_kept()?;
+        let _one = self.appending.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        for id in inner.space.regions() {
+            inner.space.close(id);
+        }
+        for place in &mut inner.regions {
+            *place = Place {
+                store: Store::memory(MemoryDisk::new("nothing".to_owned(), 0, 0)),
+                growth: None,
+                given: 0,
+                device: None,
+                numbered: None,
+                kept: None,
+            };
+        }
+        inner.specs.clear();
+        Ok(())
+    }
+
     fn add(
         &self,
         spec: &StorageSpec,
@@ -341,7 +368,11 @@ impl Pool {
             used: inner.space.used(),
             bytes: inner.space.bytes(),
             limit: limits.sum(),
-            regions: inner.regions.len(),
+            regions: inner
+                .space
+                .regions()
+                .filter(|id| inner.space.region(*id).length > 0)
+                .count(),
         }
     }
 
@@ -355,6 +386,7 @@ impl Pool {
             let inner = self.lock();
             let regions = inner.space.regions().zip(&inner.regions);
             regions
+                .filter(|(id, _)| inner.space.region(*id).length > 0)
                 .map(|(id, place)| {
                     (
                         inner.space.region(id),

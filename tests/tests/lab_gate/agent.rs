@@ -474,8 +474,11 @@ fn what_can_not_be_held_is_refused() -> Result<()> {
         ];
         daemon.try_run(command.iter().chain(more))
     };
+    let file = format!("{inside}/file,limit=2M");
     for (place, why) in [
-        (inside.as_str(), "another device"),
+        // 1 GiB, if nobody says how much.
+        (inside.as_str(), "are kept free"),
+        (file.as_str(), "another device"),
         (part_text.as_str(), "it is mounted"),
     ] {
         let answer = refused(place, &[])?;

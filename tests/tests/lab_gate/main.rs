@@ -4,6 +4,7 @@
 mod agent;
 mod kills;
 mod lost;
+mod own;
 mod park;
 mod root;
 mod scene;

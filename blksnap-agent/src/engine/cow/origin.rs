@@ -297,6 +297,12 @@ impl Origin {
         self.lock().hold.free_of(snapshot).to_vec()
     }
 
+    /// The units that belong to nobody's image, by chunk: they need no preserving.
+    #[must_use]
+    pub fn excluded(&self) -> Vec<(u64, UnitSet)> {
+        self.lock().hold.excluded().collect()
+    }
+
     fn storage_changes<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
         let changed = change(&mut state);

@@ -31,6 +31,7 @@ mod batch;
 mod error;
 mod image;
 mod object;
+mod own;
 pub mod park;
 mod preempt;
 mod priority;
@@ -47,7 +48,7 @@ use blksnap_common::gate::{COPIES, GateState};
 use blksnap_common::track::Slot;
 
 use crate::cow::{ChunkParams, SnapshotKey};
-use crate::disk::BlockDevice;
+use crate::disk::{BlockDevice, Disk};
 use crate::engine::cow::{Image, Origin, Store};
 use crate::tracker::KernelBtf;
 use crate::units::DeviceId;
@@ -342,6 +343,19 @@ impl Gate {
     #[must_use]
     pub fn reading(&self) -> &Reading {
         self.gated.source.reading()
+    }
+
+    /// The device as difference storage, by the way that old data is read, until the gate is gone. What is written here
+    /// must be excluded from the images ([`Origin::claim`]) before the take.
+    ///
+    /// # Errors
+    /// It can't be written that way.
+    pub fn storage(&self) -> Result<Arc<dyn Disk>, GateError> {
+        own::OwnDisk::open(&self.gated.source).map_err(|error| GateError::Device {
+            action: "store on",
+            device: self.device.path.clone(),
+            reason: error.to_string(),
+        })
     }
 
     /// What was counted since it was made, and whether it is broken.

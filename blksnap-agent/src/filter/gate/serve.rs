@@ -25,7 +25,7 @@ use super::park::{self, Place};
 use super::preempt::Switched;
 use super::source::Source;
 use super::technique::{Chosen, Technique};
-use super::{GateError, GateOptions};
+use super::{GateError, GateOptions, own};
 use crate::cow::{ChunkLayout, ChunkParams};
 use crate::disk::{BlockDevice, Disk as _};
 use crate::engine::cow::Origin;
@@ -456,8 +456,11 @@ impl Server {
     /// then the gate, if it was open.
     pub(super) fn arm(&self, gated: &Gated) {
         self.epoch.words()[0].fetch_add(1, Ordering::SeqCst);
-        for word in gated.kept.words() {
-            word.store(0, Ordering::SeqCst);
+        // Of difference storage on the device itself no bit is ever clear: its writes never wait.
+        let excluded = own::words(&gated.layout, &gated.origin.excluded());
+        for (word, index) in gated.kept.words().iter().zip(0_u64..) {
+            let bits = excluded.get(&index).copied().unwrap_or(0);
+            word.store(bits, Ordering::SeqCst);
         }
         let word = |word| self.shared.states.word(gated.slot.id, word);
         let reasons = word(Word::Broken).load(Ordering::SeqCst);

@@ -44,6 +44,16 @@ pub enum Reading {
     Backing(PathBuf),
 }
 
+impl Reading {
+    /// What is opened.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::WholeDisk(path) | Self::Alias(path) | Self::Backing(path) => path,
+        }
+    }
+}
+
 /// A partition over all of a disk, which is in no partition table. Taken back when dropped.
 #[derive(Debug)]
 pub(super) struct Alias {
@@ -192,6 +202,8 @@ const LAST_READS: (Duration, u32) = (Duration::from_millis(1), 2000);
 #[derive(Debug)]
 struct Way {
     file: Arc<File>,
+    /// The same, for difference storage on the origin itself.
+    writer: Option<File>,
     _alias: Option<Alias>,
 }
 
@@ -221,6 +233,7 @@ impl Source {
             name: device.path.display().to_string(),
             way: RwLock::new(Some(Way {
                 file: Arc::new(file),
+                writer: None,
                 _alias: alias,
             })),
             reading,
@@ -357,6 +370,76 @@ impl Source {
         Ok(())
     }
 
+    /// Lets [`Source::write_storage`] through.
+    pub(super) fn open_for_storage(&self) -> io::Result<()> {
+        let mut way = self.way.write().unwrap_or_else(PoisonError::into_inner);
+        let way = way.as_mut().ok_or(Errno::ENODEV)?;
+        if way.writer.is_none() {
+            let flags = if self.direct { libc::O_DIRECT } else { 0 };
+            let writer = OpenOptions::new()
+                .write(true)
+                .custom_flags(flags)
+                .open(self.reading.path())?;
+            way.writer = Some(writer);
+        }
+        Ok(())
+    }
+
+    /// Reads what was stored on the origin: nothing of the gate has to do with it.
+    pub(super) fn read_storage(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.check(offset, buffer.len() as u64)?;
+        if buffer.is_empty() {
+            return Ok(());
+        }
+        self.read(buffer, offset)
+    }
+
+    /// Stores on the origin, the way that it is read: past the page cache and the file system.
+    pub(super) fn write_storage(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        let length = data.len() as u64;
+        self.check(offset, length)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        let write = |data: &[u8], offset: u64| {
+            let way = self.way.read().unwrap_or_else(PoisonError::into_inner);
+            let writer = way.as_ref().and_then(|way| way.writer.as_ref());
+            writer
+                .ok_or(Errno::ENODEV)?
+                .write_all_at(data, self.start + offset)
+        };
+        if !self.direct {
+            return write(data, offset);
+        }
+        let block = u64::from(self.logical_block);
+        let first = offset - offset % block;
+        let end = (offset + length).next_multiple_of(block).min(self.size);
+        let whole = usize::try_from(end - first).map_err(io::Error::other)?;
+        let mut bounce = AlignedBuffer::zeroed(whole);
+        let aligned = &mut bounce.as_mut_slice()[..whole];
+        if (first, end) != (offset, offset + length) {
+            // Whoever writes a part of a block has all of its unit for itself.
+            self.read(aligned, first)?;
+        }
+        let from = usize::try_from(offset - first).map_err(io::Error::other)?;
+        aligned[from..from + data.len()].copy_from_slice(data);
+        write(aligned, first)
+    }
+
+    /// Makes durable what was stored.
+    pub(super) fn flush_storage(&self) -> io::Result<()> {
+        let way = self.way.read().unwrap_or_else(PoisonError::into_inner);
+        let writer = way.as_ref().and_then(|way| way.writer.as_ref());
+        writer.ok_or(Errno::ENODEV)?.sync_data()
+    }
+
+    fn check(&self, offset: u64, length: u64) -> io::Result<()> {
+        match offset.checked_add(length) {
+            Some(end) if end <= self.size => Ok(()),
+            _ => Err(Errno::EINVAL.into()),
+        }
+    }
+
     fn refused<T>() -> io::Result<T> {
         Err(io::Error::from(Errno::EROFS))
     }
@@ -396,10 +479,7 @@ impl Disk for Source {
 
     /// Reads, and looks at the gate afterwards: data of a broken one may be newer than the instant.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let within = offset.checked_add(buffer.len() as u64);
-        if within.is_none_or(|end| end > self.size) {
-            return Err(Errno::EINVAL.into());
-        }
+        self.check(offset, buffer.len() as u64)?;
         if !buffer.is_empty() && !self.read_ahead(buffer, offset) {
             self.read(buffer, offset)?;
         }
@@ -431,9 +511,7 @@ impl Disk for Source {
     }
 
     fn allocation(&self, offset: u64, length: u64, _most: usize) -> io::Result<Vec<Allocation>> {
-        if offset.checked_add(length).is_none_or(|end| end > self.size) {
-            return Err(Errno::EINVAL.into());
-        }
+        self.check(offset, length)?;
         Ok(vec![Allocation { length, hole: false }])
     }
 }
