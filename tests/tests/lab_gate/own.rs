@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use blksnap_tests::lab::KernelLog;
 use blksnap_tests::nbd::{Client, Framing};
-use blksnap_tests::{Daemon, Writer, lab, run, seed, unmount};
+use blksnap_tests::{Daemon, LoopDevice, Writer, lab, run, seed, unmount};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -289,6 +289,14 @@ fn xfs_on_a_partition_keeps_its_own_old_data() -> Result<()> {
 fn xfs_on_a_disk_keeps_its_own_old_data() -> Result<()> {
     let disk = lab::virtio(1)?;
     the_device_keeps_its_own_old_data(XFS, disk.clone(), &disk)
+}
+
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn ext4_on_a_loop_device_keeps_its_own_old_data() -> Result<()> {
+    lab::inside()?;
+    let device = LoopDevice::new(EXT4.bytes)?;
+    the_device_keeps_its_own_old_data(EXT4, device.path().to_owned(), Path::new("/nonexistent"))
 }
 
 /// It does not grow: a snapshot whose storage is full is lost and says so, and the file system goes on.
