@@ -10,6 +10,9 @@
 //! none of its descriptors. If the agent ends first, the process takes back what it did; files that stay are noted
 //! before they are made, and the next agent removes them ([`crate::snapshot`]).
 //!
+//! Files on devices whose writes are held in the kernel are made by the same process, and used by other rules
+//! ([`crate::snapshot`], `gated_own`).
+//!
 //! # Which file systems
 //! Those whose addresses are bytes of their device ([`crate::disk::extents`]): ext4 and XFS, directly on the served
 //! device or on a partition of it. What stands on something that stands on it is refused.

@@ -10,10 +10,10 @@ use crate::disk::device::sysfs_directory;
 use crate::disk::mounts::{Table, block_devices_of, disk_of_partition};
 use crate::units::{DeviceId, SECTOR_BYTES};
 
-/// A served device, as the kernel shows it.
+/// A device that files may be on, as the kernel shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Candidate {
-    /// Name under which it is served.
+    /// Name under which it is served, or its node.
     pub name: String,
     /// Number of its block device.
     pub id: DeviceId,

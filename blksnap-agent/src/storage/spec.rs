@@ -56,7 +56,7 @@ pub enum StorageSpec {
         /// Most bytes.
         limit: u64,
     },
-    /// A file on a file system of a served device, used by its sectors on that device. No text says it: the agent finds
+    /// A file on a file system of a device that is snapshotted, used by its sectors on that device. No text says it: the agent finds
     /// out where a file or directory is.
     Own(Own),
 }
@@ -65,7 +65,7 @@ pub enum StorageSpec {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Own {
-    /// Name under which the device is served.
+    /// Name under which the device is served, or the node of one whose writes are held in the kernel.
     pub device: String,
     /// Where the file system begins on the device, in bytes.
     pub start: u64,

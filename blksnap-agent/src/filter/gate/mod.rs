@@ -20,6 +20,9 @@
 //!    until the driver has none; one that lies between the auditor and the driver then (in a plug list, for
 //!    microseconds, or held by a throttle) is the limit of this filter for raw devices.
 //!
+//! Units that are difference storage on the device itself (`own`) belong to no image: their bits are set from the arming
+//! on, without anything being kept.
+//!
 //! Copies of the program that run out, a writer that no program sees, a stalled disk, an agent that died: each ends in
 //! (1) or in the deadline, that is in a snapshot that says it is lost, and an origin that goes on.
 //!
