@@ -38,6 +38,9 @@ use crate::units::{DeviceId, Extent, SnapshotId};
 /// File systems on which a file stays where it is while it is immutable.
 const KNOWN: [&str; 2] = ["ext4", "xfs"];
 
+/// What part of a file must be of use.
+const LEAST: u64 = 2;
+
 /// The files of a snapshot. Let go when this is dropped.
 #[derive(Debug)]
 pub(super) struct OwnStorage {
@@ -172,12 +175,13 @@ impl OwnStorage {
             numbered: Arc::new(Node(place.device.id)),
         };
         self.files.push(in_use);
+        let usable: u64 = ranges.iter().map(|range| range.length).sum();
         match self.helper.ranges(&path)? {
             again if again != made.ranges => return Err(SnapshotError::OwnMoved { path }),
-            _ if ranges.is_empty() => return Err(SnapshotError::OwnNeeded { path }),
+            // It will never have more.
+            _ if usable < wanted / LEAST => return Err(SnapshotError::OwnNeeded { path }),
             _ => {}
         }
-        let usable: u64 = ranges.iter().map(|range| range.length).sum();
         tracing::info!(snapshot = %self.id, file = %path.display(), usable, "storage on a device whose writes are held, which does not grow");
         let own = Own {
             device,

@@ -254,6 +254,22 @@ fn the_device_keeps_its_own_old_data(kind: Kind, node: PathBuf, disk: &Path) -> 
     ensure!(scene.files()?.is_empty(), "files stay: {:?}", scene.files()?);
     scene.wait_for(60)?;
     scene.compare(&second, "second", &own)?;
+    // What a file gets now is what a snapshot needs that is held.
+    let answer = scene.daemon.try_run([
+        "snapshot",
+        "create",
+        &scene.node.to_string_lossy(),
+        "--filter",
+        "gate",
+        "--storage",
+        &scene.storage(kind.storage),
+    ])?;
+    ensure!(
+        answer.code == 1 && answer.stderr.contains("snapshots that are held may need"),
+        "{answer:?}"
+    );
+    ensure!(scene.files()?.is_empty(), "files stay: {:?}", scene.files()?);
+    scene.compare(&second, "second", &own)?;
     // And it is done again.
     scene.daemon.run(["snapshot", "destroy", id(&second)?])?;
     let third = scene.take(&scene.storage(kind.storage), "third")?;

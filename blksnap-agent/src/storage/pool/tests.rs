@@ -348,3 +348,34 @@ fn threads_get_slots_of_their_own() {
     space.restore(taken).unwrap();
     assert_eq!(space.bytes(), 3000 * UNIT, "no region has more than its limit");
 }
+
+#[test]
+fn what_is_withdrawn_can_be_given_again_in_another_order() {
+    let place = tempfile::tempdir().unwrap();
+    let (pool, _events) = pool(64 * UNIT, false);
+    let specs = [
+        directory(place.path(), Some(64 * UNIT), Some("a")),
+        StorageSpec::Memory { limit: 8 * UNIT },
+    ];
+    let kept = || std::fs::read_dir(place.path()).unwrap().count();
+    for spec in &specs {
+        pool.append(spec).unwrap();
+    }
+    assert_eq!(
+        (pool.usage().bytes, pool.usage().regions, kept()),
+        (72 * UNIT, 2, 1)
+    );
+    pool.withdraw().unwrap();
+    assert_eq!((pool.usage().bytes, pool.usage().regions, kept()), (0, 0, 0));
+    assert!(pool.specs().is_empty() && pool.slot(CHUNK, UNIT).is_err());
+    for spec in specs.iter().rev() {
+        pool.append(spec).unwrap();
+    }
+    assert_eq!(pool.specs(), [specs[1].clone(), specs[0].clone()]);
+    // Memory comes first now.
+    let slot = pool.slot(CHUNK, UNIT).unwrap();
+    pool.disk(slot.region).write_at(&[7; BYTES], slot.offset).unwrap();
+    assert!(pool.disk(slot.region).name().starts_with("memory:"));
+    assert_eq!(fill(&pool), 71);
+    assert_eq!((pool.usage().used, pool.usage().regions), (72 * UNIT, 2));
+}
