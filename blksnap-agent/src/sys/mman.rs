@@ -1,4 +1,4 @@
-//! Memory: what is locked while nothing may wait for it, and what is shared: BPF maps with `BPF_F_MMAPABLE` as slices of atomic words.
+//! Memory: what is locked while nothing may wait for it, what is given back, and what is shared: BPF maps with `BPF_F_MMAPABLE` as slices of atomic words.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -51,6 +51,16 @@ impl Drop for Locked {
         if *locks == 0 {
             let _ = munlockall();
         }
+    }
+}
+
+/// Gives memory that is free, and that the allocator keeps for the thread that had it, back to the kernel: for who had tens
+/// of MiB for a moment. Whichever thread is next would have as much again.
+pub fn give_back() {
+    // SAFETY: `malloc_trim(3)` is safe in threads; what is in use stays where it is.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

@@ -62,7 +62,7 @@ pub use watch::{DeviceWatch, Watch, Watched};
 
 use crate::cbt::{CbtMap, ResetReason, TrackingParams};
 use crate::disk::{BlockDevice, DiskError};
-use crate::sys::mman::SharedWords;
+use crate::sys::mman::{self, SharedWords};
 use crate::units::{BlockSize, DeviceId, Generation};
 use object::{Loaded, Object};
 use pins::Pins;
@@ -213,6 +213,8 @@ impl Tracker {
             state,
             logger,
         } = Object::load(config, adjust)?;
+        // The types of the kernel are not needed any more.
+        mman::give_back();
         if let Some(keep) = &config.keep {
             prepare_documents(&keep.documents)?;
         }

@@ -15,7 +15,7 @@ use blksnap_common::track::{DiskSlots, SLOTS_PER_DISK, Slot};
 
 use super::technique::Technique;
 use super::{GateError, GateOptions, park};
-use crate::sys::mman::SharedWords;
+use crate::sys::mman::{self, SharedWords};
 use crate::tracker::{KernelBtf, one_line, verdict};
 
 /// The compiled programs.
@@ -314,6 +314,10 @@ fn prepare(options: &GateOptions, technique: Technique, places: u32) -> Result<E
         let program: &mut FEntry = program(&mut ebpf, &technique.program(copy))?;
         program.load(technique.entry(), &btf).map_err(|e| load(&e))?;
     }
+    // Types are tens of MiB, and what this process has is locked later on.
+    drop(loader);
+    drop((kernel, btf));
+    mman::give_back();
     Ok(ebpf)
 }
 
