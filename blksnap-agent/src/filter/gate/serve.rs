@@ -29,7 +29,7 @@ use super::{GateError, GateOptions, own};
 use crate::cow::{ChunkLayout, ChunkParams};
 use crate::disk::{BlockDevice, Disk as _};
 use crate::engine::cow::Origin;
-use crate::sys::mman::{Locked, SharedWords};
+use crate::sys::mman::{self, Locked, SharedWords};
 use crate::sys::sched;
 use crate::tracker::{disk_kind, new_words};
 use crate::units::SECTOR_BYTES;
@@ -237,7 +237,7 @@ pub(super) struct Server {
     park: park::Maps,
     chosen: Chosen,
     /// Memory that has to be fetched again may be on the very device whose writers wait.
-    _locked: Locked,
+    locked: Option<Locked>,
     /// As before when everything else is gone.
     _switched: Option<Switched>,
 }
@@ -275,7 +275,7 @@ impl Server {
             threads: Mutex::default(),
             park,
             chosen,
-            _locked: Locked::touched(),
+            locked: Some(Locked::touched()),
             _switched: switched,
         });
         let beating = Arc::clone(&shared);
@@ -545,6 +545,9 @@ impl Drop for Server {
                 tracing::error!("a thread of the gate ended by a defect");
             }
         }
+        // Old data was in memory, and what is locked can't be given back.
+        drop(self.locked.take());
+        mman::give_back();
     }
 }
 
