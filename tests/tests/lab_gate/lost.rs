@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use blksnap_common::gate::COPIES;
 use blksnap_tests::{Daemon, DaemonOptions, complain, lab, run, seed};
 use serde_json::Value;
 
 use super::agent::{
     Busy, alias_of, corrupted, daemon_options, id, nothing_is_left, prepare, read_image, take_on,
 };
-use super::scene::{MIB, partition};
+use super::scene::{Load, MIB, partition};
 
 /// Bound against hanging for ever.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -190,6 +191,26 @@ fn an_origin_that_is_slow() -> Result<()> {
     overwrite(&disk, 2048)?;
     daemon.run(["snapshot", "destroy", id(&taken)?])?;
     nothing_is_left(&alias_of(&disk))
+}
+
+/// More writers than may wait: some get past, the auditor sees them, and nobody is held up or gets an error.
+#[test]
+#[ignore = "needs fentry and preemption: cargo xtask test --vm 7.2"]
+fn more_writers_than_may_wait() -> Result<()> {
+    /// What may wait on a processor, and some.
+    const WRITERS: usize = COPIES + COPIES / 2;
+    prepare()?;
+    let daemon = Daemon::with_options(&daemon_options())?;
+    let (length, seed) = (256 * MIB, seed("gate past"));
+    let part = partition(length)?;
+    let taken = take_on(&daemon, &[&part], "memory:400M", &[])?;
+    let threads = WRITERS * std::thread::available_parallelism()?.get();
+    let written = Load::on(&part, length, seed).run(threads, Duration::from_secs(5))?;
+    println!("{threads} writers: {written} writes");
+    ensure!(written > 1000, "writes do not go on: {written}");
+    is_lost(&daemon, &taken, "reached the disk before")?;
+    daemon.run(["snapshot", "destroy", id(&taken)?])?;
+    nothing_is_left(Path::new("/nonexistent"))
 }
 
 /// A machine without memory: the kernel ends the agent, writers go on, and the next agent says what is lost.

@@ -232,10 +232,15 @@ pub(crate) struct Load {
 
 impl Load {
     pub(crate) fn new(scene: &Scene) -> Self {
+        Self::on(&scene.node, scene.content.len() as u64, scene.seed)
+    }
+
+    /// On the first `length` bytes of a device.
+    pub(crate) fn on(node: &Path, length: u64, seed: u64) -> Self {
         Self {
-            node: scene.node.clone(),
-            blocks: scene.content.len() as u64 / 4096,
-            seed: scene.seed,
+            node: node.to_owned(),
+            blocks: length / 4096,
+            seed,
         }
     }
 
