@@ -200,10 +200,7 @@ fn more_writers_than_may_wait() -> Result<()> {
     /// Twice what may wait on a processor.
     const WRITERS: usize = 2 * COPIES;
     prepare()?;
-    let mut options = daemon_options();
-    // Nothing else comes first.
-    options.arguments[0] = "--gate-deadline=60000".into();
-    let daemon = Daemon::with_options(&options)?;
+    let daemon = Daemon::with_options(&daemon_options())?;
     let (length, seed) = (256 * MIB, seed("gate past"));
     let part = partition(length)?;
     let taken = take_on(&daemon, &[&part], "memory:400M", &[])?;
