@@ -206,10 +206,10 @@ fn more_writers_than_may_wait() -> Result<()> {
     let taken = take_on(&daemon, &[&part], "memory:400M", &[])?;
     let threads = WRITERS * std::thread::available_parallelism()?.get();
     let load = Load::on(&part, length, seed);
-    // Nobody lets them go on, so that all wait at once.
     let agent = daemon.pid().context("a pid")?.to_string();
-    run("kill", ["-STOP", &agent])?;
-    let written = load.run(threads, Duration::from_secs(5));
+    // Nobody lets them go on, so that all wait at once.
+    let stopped = || run("kill", ["-STOP", &agent]).map(drop);
+    let written = load.run_after(threads, Duration::from_secs(5), stopped);
     run("kill", ["-CONT", &agent])?;
     println!("{threads} writers: {} writes", written?);
     is_lost(&daemon, &taken, "reached the disk before")?;

@@ -3,8 +3,8 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -261,36 +261,62 @@ impl Load {
 
     /// Random writes of 4 to 64 KiB by so many threads; gives how many there were.
     pub(crate) fn run(&self, threads: usize, time: Duration) -> Result<u64> {
-        let until = Instant::now() + time;
+        self.run_after(threads, time, || Ok(()))
+    }
+
+    /// The same; when all of them are about to write, `ready` is called first.
+    pub(crate) fn run_after(
+        &self,
+        threads: usize,
+        time: Duration,
+        ready: impl FnOnce() -> Result<()>,
+    ) -> Result<u64> {
+        let (prepared, go) = (Barrier::new(threads + 1), Barrier::new(threads + 1));
         std::thread::scope(|scope| {
             let writers: Vec<_> = (0..threads as u64)
-                .map(|number| scope.spawn(move || self.writer(number, until)))
+                .map(|number| {
+                    let (prepared, go) = (&prepared, &go);
+                    scope.spawn(move || {
+                        let writer = self.writer(number);
+                        prepared.wait();
+                        go.wait();
+                        writer?(Instant::now() + time)
+                    })
+                })
                 .collect();
+            prepared.wait();
+            let ready = ready();
+            go.wait();
             let mut sum = 0;
             for writer in writers {
                 sum += writer.join().expect("a writer does not panic")?;
             }
+            ready?;
             Ok(sum)
         })
     }
 
-    fn writer(&self, number: u64, until: Instant) -> Result<u64> {
+    /// Writes until the time that it is given.
+    fn writer(&self, number: u64) -> Result<impl FnOnce(Instant) -> Result<u64> + use<>> {
         let mut random = StdRng::seed_from_u64(self.seed ^ number.wrapping_mul(0x9e37_79b9));
         let file = self.open()?;
         let mut buffer = AlignedBuffer::zeroed(64 << 10);
         random.fill_bytes(buffer.as_mut_slice());
-        let mut written = 0;
-        while Instant::now() < until {
-            let blocks = if random.random_ratio(1, 8) {
-                random.random_range(1..=16)
-            } else {
-                1
-            };
-            let first = random.random_range(0..=self.blocks - blocks);
-            let length = usize::try_from(blocks * 4096)?;
-            file.write_all_at(&buffer.as_slice()[..length], first * 4096)?;
-            written += 1;
-        }
-        Ok(written)
+        let all = self.blocks;
+        Ok(move |until| {
+            let mut written = 0;
+            while Instant::now() < until {
+                let blocks = if random.random_ratio(1, 8) {
+                    random.random_range(1..=16)
+                } else {
+                    1
+                };
+                let first = random.random_range(0..=all - blocks);
+                let length = usize::try_from(blocks * 4096)?;
+                file.write_all_at(&buffer.as_slice()[..length], first * 4096)?;
+                written += 1;
+            }
+            Ok(written)
+        })
     }
 }
