@@ -4,12 +4,16 @@
 //! file is locked from its first to its last byte by a lock of the open file description (`F_OFD_SETLK`, fcntl(2)),
 //! which is what qemu takes on its images, so that neither gets a file that the other uses. Both end when the
 //! descriptors are closed, however the process ends.
+//!
+//! A process that this one starts has all its descriptors for a moment, until its `execve` closes them: what was let go
+//! meanwhile looks as if somebody had it. So one that seems to be in use is tried again for [`GRACE`].
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -18,6 +22,12 @@ use super::device::{device_number, sysfs_directory};
 use super::mounts::Table;
 use super::{DiskError, FileDisk};
 use crate::units::DeviceId;
+
+/// How long somebody else's claim is waited for.
+const GRACE: Duration = Duration::from_millis(300);
+
+/// How often it is tried meanwhile.
+const RETRY: Duration = Duration::from_millis(10);
 
 /// What holds a claim as long as it is kept, beside the file itself.
 #[derive(Debug)]
@@ -29,6 +39,16 @@ pub(super) struct Claim {
 impl Claim {
     /// Claims what `disk` is.
     pub(super) fn new(disk: &FileDisk) -> Result<Self, DiskError> {
+        let begun = Instant::now();
+        loop {
+            match Self::attempt(disk) {
+                Err(DiskError::Busy { .. }) if begun.elapsed() < GRACE => std::thread::sleep(RETRY),
+                done => return done,
+            }
+        }
+    }
+
+    fn attempt(disk: &FileDisk) -> Result<Self, DiskError> {
         let path = PathBuf::from(disk.path());
         let failed = |source: io::Error| DiskError::Claim {
             path: path.clone(),
@@ -130,4 +150,33 @@ fn holder_of(id: DeviceId, path: &Path) -> String {
         "a file system on one of its partitions, swap, or another program holds it (`lsblk {0}`, `fuser -v {0}`)",
         path.display()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn what_is_let_go_while_a_process_starts_can_be_claimed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image.raw");
+        File::create(&path).unwrap().set_len(4096).unwrap();
+        let open = || FileDisk::open(&path, true).unwrap();
+        let (first, second) = (open(), open());
+        first.claim().unwrap();
+        let error = second.claim().unwrap_err();
+        assert!(matches!(error, DiskError::Busy { .. }), "{error}");
+        // As a child that has not come to its execve.
+        let inherited = first.shared().try_clone().unwrap();
+        let mut child = Command::new("sleep")
+            .arg("0.05")
+            .stdin(Stdio::from(inherited))
+            .spawn()
+            .unwrap();
+        drop(first);
+        second.claim().unwrap();
+        child.wait().unwrap();
+    }
 }
