@@ -43,17 +43,15 @@ pub enum LogError {
 #[derive(Debug)]
 #[must_use = "what is not written yet is lost"]
 pub struct Log {
-    // Declared first: the lines go out before it is said how many did not.
-    _writer: WorkerGuard,
-    lost: Lost,
+    writer: Option<WorkerGuard>,
+    lost: ErrorCounter,
 }
 
-#[derive(Debug)]
-struct Lost(ErrorCounter);
-
-impl Drop for Lost {
+impl Drop for Log {
     fn drop(&mut self) {
-        let lines = self.0.dropped_lines();
+        // The lines go out before it is said how many did not.
+        drop(self.writer.take());
+        let lines = self.lost.dropped_lines();
         if lines > 0 {
             // Nowhere to say that standard error is closed.
             let _ = writeln!(
@@ -61,14 +59,6 @@ impl Drop for Lost {
                 "{lines} lines of the log were lost: it was not written for too long"
             );
         }
-    }
-}
-
-impl Log {
-    /// Lines that were lost: as many as memory is kept for were waiting to be written.
-    #[must_use]
-    pub fn lost_lines(&self) -> usize {
-        self.lost.0.dropped_lines()
     }
 }
 
@@ -98,7 +88,7 @@ fn to(
         .lossy(true)
         .thread_name("blksnap-log")
         .finish(writer);
-    let lost = Lost(writer.error_counter());
+    let lost = writer.error_counter();
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(writer);
@@ -109,7 +99,13 @@ fn to(
         LogFormat::Text if journal => builder.without_time().with_ansi(false).finish().into(),
         LogFormat::Text => builder.with_ansi(is_terminal).finish().into(),
     };
-    Ok((dispatch, Log { _writer: guard, lost }))
+    Ok((
+        dispatch,
+        Log {
+            writer: Some(guard),
+            lost,
+        },
+    ))
 }
 
 #[cfg(test)]
@@ -138,7 +134,7 @@ mod tests {
                     tracing::info!(line, "much more than a pipe has room for");
                 }
             });
-            done.send(log.lost_lines()).unwrap();
+            done.send(log.lost.dropped_lines()).unwrap();
             // Until all is read.
             drop(dispatch);
             log

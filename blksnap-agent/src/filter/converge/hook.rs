@@ -109,7 +109,10 @@ impl FreezeHook for Hook {
             .map_err(started)?;
         if let Some(said) = child.stderr.take() {
             let program = self.program.clone();
-            std::thread::spawn(move || log_lines(&program, stage, said));
+            let reader = std::thread::Builder::new().name("blksnap-hook".to_owned());
+            if let Err(error) = reader.spawn(move || log_lines(&program, stage, said)) {
+                tracing::warn!(%error, hook = %self.program.display(), "what a freeze hook says is lost");
+            }
         }
         match wait_until(child, deadline).map_err(started)? {
             Some(status) if status.success() => Ok(()),
