@@ -129,31 +129,21 @@ impl OwnStorage {
         places::note_own(&self.root, self.id, &kept)
             .map_err(|source| SnapshotError::state("note in", &self.root, source))?;
         let wanted = place.limit.unwrap_or(hold.options.minimum);
-        let made = self.helper.make(Make {
-            path: path.clone(),
-            length: Some(wanted),
-            fresh: Some(wanted),
-            free: None,
-        })?;
-        let open = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(&path)
-            .map_err(|source| SnapshotError::state("open", &path, source));
-        let open = match open {
-            Ok(open) => open,
-            Err(error) => {
-                self.remove(&[kept]);
-                return Err(error);
-            }
+        let opened = || -> Result<_, SnapshotError> {
+            let made = self.helper.make(Make {
+                path: path.clone(),
+                length: Some(wanted),
+                fresh: Some(wanted),
+                free: None,
+            })?;
+            let open = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+                .open(&path)
+                .map_err(|source| SnapshotError::state("open", &path, source))?;
+            Ok((made, open, gate.storage()?))
         };
-        let disk = match gate.storage() {
-            Ok(disk) => disk,
-            Err(error) => {
-                self.remove(&[kept]);
-                return Err(error.into());
-            }
-        };
+        let (made, open, disk) = opened().inspect_err(|_| self.remove(std::slice::from_ref(&kept)))?;
         let origin = gate.origin();
         let layout = *origin.layout();
         let block = u64::from(disk.logical_block());

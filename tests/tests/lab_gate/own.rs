@@ -98,14 +98,12 @@ impl Scene {
 
     /// Files of storage.
     fn files(&self) -> Result<Vec<PathBuf>> {
-        let mut found = Vec::new();
-        for entry in fs::read_dir(self.directory.path())? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "diff") {
-                found.push(path);
-            }
-        }
-        Ok(found)
+        with_extension(self.directory.path(), "diff")
+    }
+
+    /// What the agent has noted of them.
+    fn notes(&self) -> Result<Vec<PathBuf>> {
+        with_extension(&self.daemon.state_dir().join("snapshots"), "own")
     }
 
     /// A program that copies the device while it is frozen, for the test to compare with.
@@ -211,6 +209,17 @@ impl Drop for Scene {
             let _ = unmount(self.directory.path());
         }
     }
+}
+
+fn with_extension(directory: &Path, extension: &str) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|one| one == extension) {
+            found.push(path);
+        }
+    }
+    Ok(found)
 }
 
 /// Images are exact while the device keeps its own old data, also that of a second snapshot that shares the gate, and when
@@ -336,7 +345,9 @@ fn storage_on_the_device_that_is_full() -> Result<()> {
         "{answer:?}"
     );
     ensure!(scene.files()?.is_empty(), "{:?}", scene.files()?);
+    ensure!(scene.notes()?.is_empty(), "{:?}", scene.notes()?);
     let taken = scene.take(&scene.storage(4 * MIB), "taken")?;
+    ensure!(scene.notes()?.len() == 1, "{:?}", scene.notes()?);
     let started = Instant::now();
     while scene.daemon.json(["snapshot", "info", id(&taken)?])?["state"] == "taken" {
         scene.wait_for(20)?;
